@@ -1,0 +1,16 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <torch/csrc/stable/accelerator.h>
+
+#include "binding/tensor.h"
+
+namespace kvevict {
+
+// The CUDA stream that torch uses on the tensor's device, as a cudaStream_t.
+void* current_stream(const Tensor& tensor);
+
+// Throws what a launcher's cudaError_t says, if it is one.
+void check_launch(int cuda_error, const char* op);
+
+}  // namespace kvevict

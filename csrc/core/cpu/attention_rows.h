@@ -1,0 +1,404 @@
+// SPDX-License-Identifier: Apache-2.0
+// Blocks of rows of the attention matrix on the CPU, for attention_lse and the scoring ops.
+//
+// Keys are the lanes, query rows the registers: a panel of kPanel keys is packed to
+// [head_dim][kPanel] once and meets kTileRows query rows at a time. Each row keeps a running
+// reference close to its maximum, so that exponentials leave the registers once, unnormalised, and
+// are never computed again. A row's numbers depend on nothing but the row and its keys: not on the
+// block, the thread or the batch it is computed in.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "core/attention.h"
+#include "core/cpu/arena.h"
+#include "core/cpu/isa.h"
+#include "core/cpu/simd.h"
+
+namespace kvevict {
+
+// Sizes that do not depend on the instruction set, so that any translation unit can plan with them.
+inline constexpr int64_t kMaxPanel = 64;
+
+inline int64_t padded_kv_len(const AttentionParams& attention) {
+  return (attention.kv_len + kMaxPanel - 1) / kMaxPanel * kMaxPanel;
+}
+
+// Rows per block: enough to pay for packing the keys, few enough for a block's exponentials to stay
+// in cache.
+inline int64_t row_block_size(const AttentionParams& attention) {
+  constexpr int64_t kMaxRows = 128;
+  constexpr int64_t kMinRows = 12;
+  constexpr int64_t kCacheBytes = 4 << 20;
+  const int64_t row_bytes = padded_kv_len(attention) * int64_t{sizeof(float)};
+  return std::clamp(kCacheBytes / row_bytes, kMinRows, kMaxRows);
+}
+
+// A row of the attention matrix.
+struct AttentionRow {
+  int64_t head;      // of the query
+  int64_t entry;     // of the row list
+  int64_t row;       // of the query
+  int64_t last_key;  // that it sees
+};
+
+// Scratch of one thread for one block.
+struct RowBlock {
+  int64_t capacity;
+  int64_t num_rows;
+  int64_t num_panels;   // that any of the rows sees
+  AttentionRow* rows;   // [capacity]
+  float* query;         // [capacity][head_dim], or pairs of bfloat16 in half of it
+  float* panel;         // [head_dim][kPanel]
+  float* sum;           // [capacity][lanes], sums of exponentials
+  float* reference;     // [capacity], in units of log2
+  float* normalizer;    // [capacity], sum of the exponentials against the reference
+  float* factor;        // [capacity], weight / normalizer
+  float* exponentials;  // [panels][capacity][kPanel], each relative to the reference of its time
+  float* references;    // [panels][capacity], those references
+
+  static RowBlock carve(Arena& arena, const AttentionParams& attention, bool with_exponentials) {
+    constexpr int64_t kMaxLanes = 16;
+    constexpr int64_t kMinPanel = 8;
+    const int64_t capacity = row_block_size(attention);
+    const int64_t kv_len = with_exponentials ? padded_kv_len(attention) : 0;
+    return {capacity,
+            0,
+            0,
+            arena.take<AttentionRow>(capacity),
+            arena.take<float>(capacity * attention.head_dim),
+            arena.take<float>(attention.head_dim * kMaxPanel),
+            arena.take<float>(capacity * kMaxLanes),
+            arena.take<float>(capacity),
+            arena.take<float>(capacity),
+            arena.take<float>(capacity),
+            arena.take<float>(capacity * kv_len),
+            arena.take<float>(capacity * kv_len / kMinPanel)};
+  }
+};
+
+#ifdef KVEVICT_ISA
+inline namespace KVEVICT_ISA {
+
+// 6 x 4 vectors of 16 lanes leave room in AVX-512's 32 registers, 6 x 2 of 8 in AVX2's 16.
+inline constexpr int kTileRows = 6;
+inline constexpr int kTileVecs = kLanes == 16 ? 4 : 2;
+inline constexpr int kPanel = kTileVecs * kLanes;
+static_assert(kPanel <= kMaxPanel && kMaxPanel % kPanel == 0);
+
+// How products are taken. An element of a packed query or key is 4 bytes.
+struct Fp32Product {
+  static constexpr int64_t kElements = 1;
+  static Vec multiply_add(Vec sum, Vec key, float query) { return key * query + sum; }
+};
+#if defined(__AVX512BF16__)
+struct Bf16Product {  // an element is a pair of neighbouring dimensions
+  static constexpr int64_t kElements = 2;
+  static Vec multiply_add(Vec sum, Vec key, float query) {
+    return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)key, (__m512bh)broadcast_bits(query));
+  }
+  static Vec broadcast_bits(float query) {
+    return (Vec)_mm512_set1_epi32(bit_cast<int32_t>(query));
+  }
+};
+#endif
+
+template <DType dtype>
+struct ProductOf {
+  using type = Fp32Product;
+  static constexpr DType kPacked = dtype;  // what packing converts from
+};
+#if defined(__AVX512BF16__)
+template <>
+struct ProductOf<DType::kBFloat16> {
+  using type = Bf16Product;
+  static constexpr DType kPacked = DType::kFloat32;  // pairs are moved as they are
+};
+#endif
+
+template <DType dtype>
+inline constexpr int64_t kElementBytes = dtype == DType::kFloat32 ? 4 : 2;
+
+template <DType dtype>
+inline const void* element_address(const HeadTensor& tensor, int64_t batch, int64_t head,
+                                   int64_t index) {
+  return static_cast<const std::byte*>(tensor.data) +
+         tensor.offset(batch, head, index) * kElementBytes<dtype>;
+}
+
+template <DType dtype>
+inline int64_t packed_depth(const AttentionParams& attention) {
+  return attention.head_dim / ProductOf<dtype>::type::kElements;
+}
+
+template <DType dtype>
+void pack_queries(const AttentionParams& attention, int64_t batch, RowBlock& block) {
+  constexpr DType kPacked = ProductOf<dtype>::kPacked;
+  const int64_t depth = packed_depth<dtype>(attention);
+  for (int64_t i = 0; i < block.num_rows; ++i) {
+    const AttentionRow& row = block.rows[i];
+    const void* source = element_address<dtype>(attention.query, batch, row.head, row.row);
+    float* packed = block.query + i * depth;
+    int64_t d = 0;
+    for (; d + kLanes <= depth; d += kLanes) store(packed + d, load_as_float<kPacked>(source, d));
+    for (; d < depth; ++d) packed[d] = element_as_float<kPacked>(source, d);
+  }
+}
+
+// Packs keys [first_key, first_key + kPanel); beyond kv_len the last key stands in.
+template <DType dtype>
+void pack_panel(const AttentionParams& attention, int64_t batch, int64_t kv_head, int64_t first_key,
+                float* panel) {
+  constexpr DType kPacked = ProductOf<dtype>::kPacked;
+  const int64_t depth = packed_depth<dtype>(attention);
+  for (int64_t lane = 0; lane < kPanel; lane += kLanes) {
+    const void* keys[kLanes];
+    for (int64_t i = 0; i < kLanes; ++i) {
+      const int64_t key_index = std::min(first_key + lane + i, attention.kv_len - 1);
+      keys[i] = element_address<dtype>(attention.key, batch, kv_head, key_index);
+    }
+    if (depth < kLanes) {
+      for (int64_t d = 0; d < depth; ++d) {
+        for (int64_t i = 0; i < kLanes; ++i) {
+          panel[d * kPanel + lane + i] = element_as_float<kPacked>(keys[i], d);
+        }
+      }
+      continue;
+    }
+    for (int64_t d = 0; d < depth; d += kLanes) {
+      const int64_t start = std::min(d, depth - kLanes);  // the last step overlaps the one before
+      Vec rows[kLanes];
+      for (int i = 0; i < kLanes; ++i) rows[i] = load_as_float<kPacked>(keys[i], start);
+      transpose(rows);
+      for (int i = 0; i < kLanes; ++i) store(panel + (start + i) * kPanel + lane, rows[i]);
+    }
+  }
+}
+
+// Fetches the keys of a panel into the second-level cache, a few lines at a time.
+class PanelPrefetch {
+ public:
+  template <DType dtype>
+  static PanelPrefetch of(const AttentionParams& attention, int64_t batch, int64_t kv_head,
+                          int64_t first_key) {
+    PanelPrefetch prefetch;
+    if (first_key >= attention.kv_len) return prefetch;
+    prefetch.key_ = static_cast<const std::byte*>(
+        element_address<dtype>(attention.key, batch, kv_head, first_key));
+    prefetch.key_stride_ = attention.key.stride_seq * kElementBytes<dtype>;
+    prefetch.key_bytes_ = attention.head_dim * kElementBytes<dtype>;
+    prefetch.keys_left_ = std::min<int64_t>(kPanel, attention.kv_len - first_key);
+    return prefetch;
+  }
+
+  int64_t num_lines() const { return keys_left_ * ((key_bytes_ + kLine - 1) / kLine); }
+
+  void fetch(int64_t num_lines) {
+    for (; num_lines > 0 && keys_left_ > 0; --num_lines) {
+      _mm_prefetch(reinterpret_cast<const char*>(key_ + offset_), _MM_HINT_T1);
+      offset_ += kLine;
+      if (offset_ >= key_bytes_) {
+        offset_ = 0;
+        key_ += key_stride_;
+        --keys_left_;
+      }
+    }
+  }
+
+ private:
+  static constexpr int64_t kLine = 64;
+  const std::byte* key_ = nullptr;
+  int64_t key_stride_ = 0, key_bytes_ = 0, keys_left_ = 0, offset_ = 0;
+};
+
+template <typename Product, int num_rows, typename F>
+inline void multiply_tile(const float* query, const float* panel, int64_t depth, F&& use_row) {
+  Vec sums[num_rows][kTileVecs] = {};
+  for (int64_t d = 0; d < depth; ++d) {
+    Vec keys[kTileVecs];
+#pragma GCC unroll 4
+    for (int j = 0; j < kTileVecs; ++j) keys[j] = load<Vec>(panel + d * kPanel + j * kLanes);
+#pragma GCC unroll 6
+    for (int i = 0; i < num_rows; ++i) {
+      const float element = query[i * depth + d];
+#pragma GCC unroll 4
+      for (int j = 0; j < kTileVecs; ++j) {
+        sums[i][j] = Product::multiply_add(sums[i][j], keys[j], element);
+      }
+    }
+  }
+#pragma GCC unroll 6
+  for (int i = 0; i < num_rows; ++i) use_row(i, sums[i]);
+}
+
+// Calls use_row(i, logits) for every row of the block, with its products with the panel's keys.
+template <typename Product, typename F>
+inline void multiply_panel(const RowBlock& block, int64_t depth, F&& use_row) {
+  int64_t first = 0;
+  const auto tile = [&](auto num_rows) {
+    multiply_tile<Product, num_rows.value>(
+        block.query + first * depth, block.panel, depth,
+        [&](int i, Vec(&sums)[kTileVecs]) { use_row(first + i, sums); });
+  };
+  for (; first + kTileRows <= block.num_rows; first += kTileRows) tile(Constant<kTileRows>{});
+  (void)dispatch_value<1, 2, 3, 4, 5>(static_cast<int>(block.num_rows - first), tile);
+}
+
+// Appends an entry of the row list to the block, if it votes.
+inline bool append_row(const AttentionParams& attention, const VotingRows& voting, int64_t batch,
+                       int64_t head, int64_t entry, RowBlock& block) {
+  const int64_t row = voting.row(batch, entry);
+  if (row < 0 || attention.row_is_padding(batch, row)) return false;
+  const int64_t lse_row = (batch * attention.num_qo_heads + head) * attention.qo_len + row;
+  if (voting.softmax_lse &&
+      voting.softmax_lse[lse_row] == -std::numeric_limits<float>::infinity()) {
+    return false;
+  }
+  block.rows[block.num_rows++] = {head, entry, row, attention.last_key(row)};
+  return true;
+}
+
+// Runs the softmax of a block of rows over the keys of one KV head. Fills reference and normalizer
+// and, if wanted, the exponentials. With a log-sum-exp given, the reference is that and the
+// normalizer 1.
+template <DType dtype, bool with_exponentials>
+void attend(const AttentionParams& attention, int64_t batch, int64_t kv_head,
+            const float* softmax_lse, RowBlock& block) {
+  using Product = typename ProductOf<dtype>::type;
+  constexpr float kInfinity = std::numeric_limits<float>::infinity();
+  constexpr float kLog2E = 1.44269504088896341f;
+  constexpr float kUnset = -0x1p100f;
+  const float slack = softmax_lse ? kInfinity : 16.0f;
+  const int64_t depth = packed_depth<dtype>(attention);
+  const float scale = attention.sm_scale * kLog2E;
+
+  pack_queries<dtype>(attention, batch, block);
+  int64_t last_key = 0, first_edge = attention.kv_len - 1;
+  for (int64_t i = 0; i < block.num_rows; ++i) {
+    const AttentionRow& row = block.rows[i];
+    last_key = std::max(last_key, row.last_key);
+    first_edge = std::min(first_edge, row.last_key);
+    store(block.sum + i * kLanes, Vec{});
+    block.reference[i] =
+        softmax_lse ? kLog2E * softmax_lse[(batch * attention.num_qo_heads + row.head) *
+                                               attention.qo_len + row.row]
+                    : kUnset;
+  }
+
+  block.num_panels = last_key / kPanel + 1;
+  for (int64_t panel = 0; panel < block.num_panels; ++panel) {
+    const int64_t first_key = panel * kPanel;
+    pack_panel<dtype>(attention, batch, kv_head, first_key, block.panel);
+    const bool masked = attention.key_mask || first_key + kPanel - 1 > first_edge;
+    IntVec real[kTileVecs];
+    for (int j = 0; masked && j < kTileVecs; ++j) {
+      for (int lane = 0; lane < kLanes; ++lane) {
+        const int64_t key_index = first_key + j * kLanes + lane;
+        real[j][lane] =
+            key_index < attention.kv_len && attention.key_is_real(batch, key_index) ? -1 : 0;
+      }
+    }
+    float* exponentials = block.exponentials + panel * block.capacity * kPanel;
+    float* references = block.references + panel * block.capacity;
+    auto next_panel =
+        PanelPrefetch::of<dtype>(attention, batch, kv_head, first_key + kPanel);
+    const int64_t lines_per_row = next_panel.num_lines() / block.num_rows + 1;
+
+    multiply_panel<Product>(block, depth, [&](int64_t i, Vec(&logits)[kTileVecs]) {
+      next_panel.fetch(lines_per_row);
+      for (int j = 0; j < kTileVecs; ++j) logits[j] *= scale;
+      if (masked) {
+        const auto seen = static_cast<int32_t>(
+            std::clamp<int64_t>(block.rows[i].last_key - first_key, -1, kPanel));
+        for (int j = 0; j < kTileVecs; ++j) {
+          const IntVec visible = real[j] & (lane_indices() + j * kLanes <= seen);
+          logits[j] = visible ? logits[j] : broadcast(-kInfinity);
+        }
+      }
+      Vec largest = logits[0];
+      for (int j = 1; j < kTileVecs; ++j) largest = max(logits[j], largest);
+      Vec sum = load<Vec>(block.sum + i * kLanes);
+      float reference = block.reference[i];
+      if (any(largest > reference + slack)) {
+        const float raised = reduce_max(largest);
+        sum *= exp2(broadcast(reference - raised));
+        block.reference[i] = reference = raised;
+      }
+      for (int j = 0; j < kTileVecs; ++j) {
+        const Vec exponential = exp2(logits[j] - reference);
+        sum += exponential;
+        if constexpr (with_exponentials) {
+          store(exponentials + i * kPanel + j * kLanes, exponential);
+        }
+      }
+      if constexpr (with_exponentials) references[i] = reference;
+      store(block.sum + i * kLanes, sum);
+    });
+  }
+  for (int64_t i = 0; i < block.num_rows; ++i) {
+    block.normalizer[i] = softmax_lse ? 1.0f : reduce_add(load<Vec>(block.sum + i * kLanes));
+  }
+}
+
+// Fills block.factor: what turns exponentials against the final reference into weighted
+// probabilities. A row that sees no key has none.
+template <typename Weight>
+void weigh(RowBlock& block, Weight&& weight) {
+  for (int64_t i = 0; i < block.num_rows; ++i) {
+    const float normalizer = block.normalizer[i];
+    block.factor[i] = normalizer == 0.0f ? 0.0f : weight(block.rows[i]) / normalizer;
+  }
+}
+
+// Calls use(j, probabilities) for the vectors of a row's panel.
+template <typename F>
+inline void for_probabilities(const RowBlock& block, int64_t panel, int64_t i, F&& use) {
+  const float* exponentials = block.exponentials + (panel * block.capacity + i) * kPanel;
+  const float reference = block.references[panel * block.capacity + i];
+  float factor = block.factor[i];
+  if (reference != block.reference[i]) {
+    factor *= exp2(broadcast(reference - block.reference[i]))[0];
+  }
+  for (int j = 0; j < kTileVecs; ++j) use(j, load<Vec>(exponentials + j * kLanes) * factor);
+}
+
+// Adds to rows[entry - first_entry] ([..][stride]) the mean over query heads [begin_head, end_head)
+// of the weighted rows of the attention matrix, for voting entries [first_entry, end_entry). Heads
+// are added in ascending order.
+template <DType dtype>
+void add_mean_rows(const AttentionParams& attention, const VotingRows& voting, int64_t batch,
+                   int64_t begin_head, int64_t end_head, int64_t first_entry, int64_t end_entry,
+                   RowBlock& block, float* rows, int64_t stride) {
+  const float scale = 1.0f / static_cast<float>(end_head - begin_head);
+  const int64_t group_size = attention.group_size();
+  const auto flush = [&](int64_t kv_head) {
+    if (block.num_rows == 0) return;
+    attend<dtype, true>(attention, batch, kv_head, voting.softmax_lse, block);
+    weigh(block, [&](const AttentionRow& row) {
+      return scale * voting.weight(batch, attention.num_qo_heads, row.head, row.entry);
+    });
+    for (int64_t panel = 0; panel < block.num_panels; ++panel) {
+      for (int64_t i = 0; i < block.num_rows; ++i) {
+        float* out = rows + (block.rows[i].entry - first_entry) * stride + panel * kPanel;
+        for_probabilities(block, panel, i, [&](int j, Vec probabilities) {
+          store(out + j * kLanes, load<Vec>(out + j * kLanes) + probabilities);
+        });
+      }
+    }
+    block.num_rows = 0;
+  };
+  for (int64_t head = begin_head; head < end_head; ++head) {
+    for (int64_t entry = first_entry; entry < end_entry; ++entry) {
+      if (!append_row(attention, voting, batch, head, entry, block)) continue;
+      if (block.num_rows == block.capacity) flush(head / group_size);
+    }
+    if ((head + 1) % group_size == 0 || head + 1 == end_head) flush(head / group_size);
+  }
+}
+
+}  // namespace KVEVICT_ISA
+#endif
+
+}  // namespace kvevict

@@ -1,0 +1,165 @@
+// SPDX-License-Identifier: Apache-2.0
+// Vectors of the widest kind that the translation unit's instruction set has. Only for _cpu.cpp
+// files: everything lives in a namespace of that instruction set, so that no linker can put an
+// AVX-512 body where a baseline caller expects a baseline one.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <utility>
+
+#include <immintrin.h>
+
+#include "core/dtype.h"
+
+namespace kvevict {
+inline namespace KVEVICT_ISA {
+
+#if defined(__AVX512F__)
+inline constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+inline constexpr int kLanes = 8;
+#else
+inline constexpr int kLanes = 4;
+#endif
+
+typedef float Vec __attribute__((vector_size(kLanes * sizeof(float))));
+typedef int32_t IntVec __attribute__((vector_size(kLanes * sizeof(int32_t))));
+typedef uint32_t UintVec __attribute__((vector_size(kLanes * sizeof(uint32_t))));
+typedef uint16_t HalfBits __attribute__((vector_size(kLanes * sizeof(uint16_t))));
+
+template <typename To, typename From>
+inline To bit_cast(const From& from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+template <typename V, typename T>
+inline V load(const T* source) {
+  V v;
+  memcpy(&v, source, sizeof(v));
+  return v;
+}
+
+template <typename V, typename T>
+inline void store(T* destination, const V& v) {
+  memcpy(destination, &v, sizeof(v));
+}
+
+inline Vec broadcast(float x) { return x - Vec{}; }
+inline IntVec broadcast(int32_t x) { return x - IntVec{}; }
+inline UintVec broadcast(uint32_t x) { return x - UintVec{}; }
+
+inline IntVec lane_indices() {
+  IntVec v;
+  for (int i = 0; i < kLanes; ++i) v[i] = i;
+  return v;
+}
+
+inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
+
+inline float reduce_max(Vec v) {
+  float result = v[0];
+  for (int i = 1; i < kLanes; ++i) result = v[i] > result ? v[i] : result;
+  return result;
+}
+
+// Adds the lanes pairwise: lane i to lane i + half, and so on.
+inline float reduce_add(Vec v) {
+  float lanes[kLanes];
+  store(lanes, v);
+  for (int half = kLanes / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  }
+  return lanes[0];
+}
+
+// Bit i tells whether lane i of a comparison holds.
+inline uint32_t to_bits(IntVec mask) {
+#if defined(__AVX512F__)
+  return _mm512_movepi32_mask((__m512i)mask);
+#elif defined(__AVX2__)
+  return static_cast<uint32_t>(_mm256_movemask_ps((__m256)mask));
+#else
+  return static_cast<uint32_t>(_mm_movemask_ps((__m128)mask));
+#endif
+}
+
+inline bool any(IntVec mask) { return to_bits(mask) != 0; }
+
+// 2^t within 2 ulp; 0 below 2^-125, inf from 2^128, NaN for NaN.
+inline Vec exp2(Vec t) {
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+  t = t > 128.0f ? broadcast(128.0f) : t;
+  const Vec shifted = t + kRound;
+  const Vec r = t - (shifted - kRound);
+  Vec p = broadcast(1.3276472632e-3f);  // minimax on [-1/2, 1/2], relative error 7.5e-8
+  p = p * r + 9.67554134312e-3f;
+  p = p * r + 5.55071327186e-2f;
+  p = p * r + 2.40221197237e-1f;
+  p = p * r + 6.93146967065e-1f;
+  p = p * r + 1.00000007165f;
+  const Vec result = bit_cast<Vec>(bit_cast<UintVec>(p) + (bit_cast<UintVec>(shifted) << 23));
+  return t < -125.0f ? Vec{} : result;
+}
+
+// kLanes elements of a tensor as floats.
+template <DType dtype>
+inline Vec load_as_float(const void* source, int64_t index) {
+  if constexpr (dtype == DType::kFloat32) {
+    return load<Vec>(static_cast<const float*>(source) + index);
+  } else {
+    const auto half = load<HalfBits>(static_cast<const uint16_t*>(source) + index);
+    const auto bits = __builtin_convertvector(half, UintVec);
+    if constexpr (dtype == DType::kBFloat16) {
+      return bit_cast<Vec>(bits << 16);
+    } else {
+      const UintVec magnitude = (bits & 0x7FFFu) << 13;
+      const Vec scaled = bit_cast<Vec>(magnitude) * 0x1p112f;  // rebias; subnormals come out exact
+      const UintVec special = (bits & 0x7C00u) == 0x7C00u ? broadcast(0x7F800000u) : UintVec{};
+      return bit_cast<Vec>(bit_cast<UintVec>(scaled) | special | ((bits & 0x8000u) << 16));
+    }
+  }
+}
+
+template <DType dtype>
+inline float element_as_float(const void* source, int64_t index) {
+  if constexpr (dtype == DType::kFloat32) {
+    return static_cast<const float*>(source)[index];
+  } else {
+    uint16_t lanes[kLanes] = {static_cast<const uint16_t*>(source)[index]};
+    return load_as_float<dtype>(lanes, 0)[0];
+  }
+}
+
+namespace detail {
+
+template <typename V, int... lanes>
+inline V interleave(V a, V b, int offset, std::integer_sequence<int, lanes...>) {
+  return offset == 0 ? __builtin_shufflevector(a, b, (lanes / 2 + lanes % 2 * kLanes)...)
+                     : __builtin_shufflevector(
+                           a, b, (lanes / 2 + lanes % 2 * kLanes + kLanes / 2)...);
+}
+
+}  // namespace detail
+
+// Transposes kLanes vectors of kLanes lanes: log2(kLanes) rounds of perfect shuffles.
+inline void transpose(Vec (&rows)[kLanes]) {
+  using Lanes = std::make_integer_sequence<int, kLanes>;
+#pragma GCC unroll 4
+  for (int stride = 1; stride < kLanes; stride *= 2) {
+    Vec next[kLanes];
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes / 2; ++i) {
+      next[2 * i] = detail::interleave(rows[i], rows[i + kLanes / 2], 0, Lanes{});
+      next[2 * i + 1] = detail::interleave(rows[i], rows[i + kLanes / 2], 1, Lanes{});
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) rows[i] = next[i];
+  }
+}
+
+}  // namespace KVEVICT_ISA
+}  // namespace kvevict

@@ -1,0 +1,41 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include "core/cpu/isa.h"
+#include "core/head_tensor.h"
+
+namespace kvevict {
+
+struct BroadcastIndicesParams {
+  IndexLists kept;
+  IndexLists base;              // indices null: kept indices are positions already
+  const int32_t* block_tables;  // [num_layers | 1, batch_size, max_pages], or null: no pages
+  int64_t tables_stride_layer, max_pages, page_size;
+  int32_t* indices;  // [num_layers, batch_size, num_kv_heads, k]
+  int64_t num_layers, batch_size, num_kv_heads;
+
+  KVEVICT_HD int64_t num_lists() const { return num_layers * batch_size * num_kv_heads; }
+
+  // Entry i of a list: a position or, through a block table, a slot; -1 stays -1.
+  KVEVICT_HD int32_t entry(int64_t layer, int64_t batch, int64_t head, int64_t i) const {
+    if (i >= kept.len(layer, batch, head)) return -1;
+    int32_t position = kept.list(layer, batch, head)[i];
+    if (base.indices) position = base.list(layer, batch, head)[position];
+    if (!block_tables || position < 0) return position;
+    const int32_t* table = block_tables + layer * tables_stride_layer + batch * max_pages;
+    const int64_t page = table[position / page_size];
+    return page < 0 ? -1 : static_cast<int32_t>(page * page_size + position % page_size);
+  }
+};
+
+struct BroadcastIndices {
+  static CpuPlan plan_cpu(const BroadcastIndicesParams& params, int /*num_threads*/) {
+    return {1, {params.num_lists()}, 0, 0};
+  }
+  template <Isa isa>
+  static void run_cpu(const BroadcastIndicesParams& params, const CpuWork& work) noexcept;
+
+  static int launch_cuda(const BroadcastIndicesParams& params, void* stream) noexcept;
+};
+
+}  // namespace kvevict

@@ -1,0 +1,99 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <limits>
+
+#include "binding/kv_args.h"
+#include "binding/run.h"
+#include "core/validate.h"
+#include "ops/broadcast_indices/broadcast_indices.h"
+
+namespace kvevict {
+namespace {
+
+// On the CPU: values of a small int32 argument lie in [-1, end).
+void check_values(const Check& check, const Tensor& tensor, const char* argument, int64_t end) {
+  if (!tensor.is_cpu()) return;
+  const auto* values = static_cast<const int32_t*>(tensor.const_data_ptr());
+  const int64_t bad = find_outside(values, tensor.numel(), -1, end);
+  if (bad >= 0) {
+    check.fail(argument, "be in [-1, " + std::to_string(end) + ")",
+               element_text(tensor, bad, values[bad]));
+  }
+}
+
+template <DeviceType device>
+Tensor broadcast_indices(const Tensor& kept_indices, const Tensor& kept_lens, int64_t num_layers,
+                         int64_t num_kv_heads, const std::optional<Tensor>& base_indices,
+                         const std::optional<Tensor>& block_tables, int64_t page_size) {
+  constexpr auto kAny = Check::kAny;
+  constexpr int64_t kSlots = int64_t{1} << 31;
+  const Check check("broadcast_indices");
+  check.at_least(num_layers, "num_layers", 1);
+  check.at_least(num_kv_heads, "num_kv_heads", 1);
+  const KvShape shape{num_layers, kept_indices.dim() >= 3 ? kept_indices.size(-3) : 0, num_kv_heads};
+  if (base_indices) {
+    check.companion(*base_indices, "base_indices", ScalarType::Int,
+                    {{num_layers, 1}, shape.batch_size, {num_kv_heads, 1}, kAny}, kept_indices,
+                    "kept_indices");
+  }
+  int64_t num_positions = kSlots;
+  if (block_tables) {
+    check.companion(*block_tables, "block_tables", ScalarType::Int,
+                    {{num_layers, 1}, shape.batch_size, kAny}, kept_indices, "kept_indices");
+    check.at_least(page_size, "page_size", 1);
+    num_positions = block_tables->size(2) * page_size;
+  }
+  const std::optional<Tensor> base = dense(base_indices), tables = dense(block_tables);
+  if (base) check_values(check, *base, "base_indices", num_positions);
+  if (tables) check_values(check, *tables, "block_tables", kSlots / page_size);
+  const int64_t kept_end = base ? base->size(3) : num_positions;
+  const IndexArgs kept = check_kept_indices(check, kept_indices, kept_lens, shape,
+                                            std::vector<int64_t>(num_layers, kept_end),
+                                            kept_indices, "kept_indices");
+
+  IndexLists base_lists{};
+  if (base) {
+    const int64_t k0 = base->size(3), heads = base->size(2);
+    base_lists.indices = data_or_null<int32_t>(base);
+    base_lists.k = k0;
+    base_lists.stride_layer = base->size(0) == 1 ? 0 : shape.batch_size * heads * k0;
+    base_lists.stride_batch = heads * k0;
+    base_lists.stride_head = heads == 1 ? 0 : k0;
+  }
+  const Tensor indices = new_empty(
+      kept_indices, {num_layers, shape.batch_size, num_kv_heads, kept.lists.k}, ScalarType::Int);
+  const BroadcastIndicesParams params{
+      kept.lists,
+      base_lists,
+      data_or_null<int32_t>(tables),
+      tables && tables->size(0) > 1 ? tables->stride(0) : 0,
+      tables ? tables->size(2) : 0,
+      page_size,
+      static_cast<int32_t*>(indices.mutable_data_ptr()),
+      num_layers,
+      shape.batch_size,
+      num_kv_heads,
+  };
+  run<BroadcastIndices, device>("broadcast_indices", params, indices);
+  return indices;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(KVEVICT_NAMESPACE, m) {
+  m.def(
+      "broadcast_indices(Tensor kept_indices, Tensor kept_lens, SymInt num_layers, "
+      "SymInt num_kv_heads, *, Tensor? base_indices=None, Tensor? block_tables=None, "
+      "SymInt page_size=0) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(KVEVICT_NAMESPACE, CPU, m) {
+  m.impl("broadcast_indices", TORCH_BOX(&broadcast_indices<DeviceType::CPU>));
+}
+
+#ifdef KVEVICT_OP_HAS_CUDA
+STABLE_TORCH_LIBRARY_IMPL(KVEVICT_NAMESPACE, CUDA, m) {
+  m.impl("broadcast_indices", TORCH_BOX(&broadcast_indices<DeviceType::CUDA>));
+}
+#endif
+
+}  // namespace kvevict

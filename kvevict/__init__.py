@@ -1,0 +1,51 @@
+"""Fused kernels that evict, merge and compact the KV cache of vision-language models."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from kvevict._library import LibraryNotBuiltError, build_info
+from kvevict.ops import (
+    HeadReduction,
+    Statistic,
+    attention_lse,
+    broadcast_indices,
+    compact_kv_,
+    gather_kv,
+    score_and_compact,
+    score_keys,
+    score_keys_by_text,
+    select_topk,
+)
+from kvevict.priority import build_priority
+
+if TYPE_CHECKING:
+    from kvevict.integrations.transformers import evict
+
+__version__: str = build_info()["version"]
+
+__all__ = [
+    "HeadReduction",
+    "LibraryNotBuiltError",
+    "Statistic",
+    "attention_lse",
+    "broadcast_indices",
+    "build_info",
+    "build_priority",
+    "compact_kv_",
+    "evict",
+    "gather_kv",
+    "score_and_compact",
+    "score_keys",
+    "score_keys_by_text",
+    "select_topk",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # Importing kvevict must not import transformers.
+    if name == "evict":
+        from kvevict.integrations.transformers import evict
+
+        return evict
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,197 @@
+"""Contract checks of the fake kernels, in the words and the order of ``csrc/binding/check.h``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+Size = int | torch.SymInt
+Dim = Size | tuple[Size, Size] | None  # a size, one of two sizes, any
+ANY: Dim = None
+
+
+class Check:
+    """Refuses with ``kvevict::<op>: <argument> must <expectation>, got <value>``."""
+
+    def __init__(self, op: str) -> None:
+        self.op = op
+
+    def fail(self, argument: str, expectation: str, value: object) -> NoReturn:
+        raise ValueError(f"kvevict::{self.op}: {argument} must {expectation}, got {value}")
+
+    def shape(self, tensor: Tensor, argument: str, *expected: Dim) -> None:
+        sizes = tensor.shape
+        fits = len(sizes) == len(expected) and all(
+            dim is None or (size in dim if isinstance(dim, tuple) else size == dim)
+            for size, dim in zip(sizes, expected, strict=True)
+        )
+        if not fits:
+            words = ", ".join(_dim_name(dim) for dim in expected)
+            comma = "," if len(expected) == 1 else ""
+            self.fail(argument, f"have shape ({words}{comma})", tuple(sizes))
+
+    def dtype(self, tensor: Tensor, argument: str, *allowed: torch.dtype) -> None:
+        if tensor.dtype not in allowed:
+            names = [_dtype_name(dtype) for dtype in allowed]
+            self.fail(argument, f"be {_join(names)}", _dtype_name(tensor.dtype))
+
+    def device(self, tensor: Tensor, argument: str, reference: Tensor, name: str) -> None:
+        if tensor.device != reference.device:
+            self.fail(argument, f"be on {reference.device} as {name} is", tensor.device)
+
+    def contiguous_last_dim(self, tensor: Tensor, argument: str) -> None:
+        if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+            self.fail(argument, "have a contiguous last dimension", f"stride {tensor.stride(-1)}")
+
+    def at_least(self, value: Size, argument: str, minimum: int) -> None:
+        if value < minimum:
+            self.fail(argument, f"be at least {minimum}", value)
+
+    def one_of(self, value: int, argument: str, names: Sequence[str]) -> None:
+        if not 0 <= value < len(names):
+            words = [f"{i} ({name})" for i, name in enumerate(names)]
+            self.fail(argument, f"be {_join(words)}", int(value))
+
+    def finite(self, value: float, argument: str) -> None:
+        if not math.isfinite(value):
+            self.fail(argument, "be finite", value)
+
+    def companion(
+        self,
+        tensor: Tensor,
+        argument: str,
+        dtype: torch.dtype,
+        shape: Sequence[Dim],
+        reference: Tensor,
+        name: str,
+    ) -> None:
+        """Checks a small tensor that stands beside the op's first one."""
+        self.device(tensor, argument, reference, name)
+        self.dtype(tensor, argument, dtype)
+        self.shape(tensor, argument, *shape)
+
+    def movable(self, tensor: Tensor, argument: str) -> None:
+        if tensor.element_size() not in (1, 2, 4, 8):
+            self.fail(argument, "have elements of 1, 2, 4 or 8 bytes", _dtype_name(tensor.dtype))
+        self.contiguous_last_dim(tensor, argument)
+
+
+def check_attention(
+    check: Check,
+    query: Tensor,
+    key: Tensor,
+    key_mask: Tensor | None,
+    sm_scale: float | None,
+    causal: bool,
+) -> None:
+    check.dtype(query, "query", torch.float32, torch.float16, torch.bfloat16)
+    check.shape(query, "query", ANY, ANY, ANY, ANY)
+    check.contiguous_last_dim(query, "query")
+    batch_size, num_qo_heads, qo_len, head_dim = query.shape
+    if head_dim < 8 or head_dim > 256 or head_dim % 8 != 0:
+        check.fail("query", "have a head_dim that is a multiple of 8 up to 256", head_dim)
+    check.companion(key, "key", query.dtype, (batch_size, ANY, ANY, head_dim), query, "query")
+    check.contiguous_last_dim(key, "key")
+    num_kv_heads, kv_len = key.shape[1:3]
+    check.at_least(num_kv_heads, "key's num_kv_heads", 1)
+    if num_qo_heads < 1 or num_qo_heads % num_kv_heads != 0:
+        check.fail("query", f"have a multiple of key's {num_kv_heads} heads", num_qo_heads)
+    if causal and qo_len > kv_len:
+        check.fail("query", f"have at most kv_len = {kv_len} rows when causal", qo_len)
+    if key_mask is not None:
+        check.companion(key_mask, "key_mask", torch.bool, (batch_size, kv_len), query, "query")
+    if sm_scale is not None:
+        check.finite(sm_scale, "sm_scale")
+
+
+def check_voting_rows(
+    check: Check,
+    query: Tensor,
+    row_index: Tensor | None,
+    row_weight: Tensor | None,
+    softmax_lse: Tensor | None,
+) -> None:
+    batch_size, num_qo_heads, qo_len = query.shape[:3]
+    num_rows: Size = qo_len
+    if row_index is not None:
+        check.companion(row_index, "row_index", torch.int32, (batch_size, ANY), query, "query")
+        num_rows = row_index.shape[1]
+    if row_weight is not None:
+        per_head: tuple[Dim, ...] = (batch_size, num_qo_heads, num_rows)
+        shape = per_head if row_weight.dim() == 3 else (batch_size, num_rows)
+        check.companion(row_weight, "row_weight", torch.float32, shape, query, "query")
+    if softmax_lse is not None:
+        shape = (batch_size, num_qo_heads, qo_len)
+        check.companion(softmax_lse, "softmax_lse", torch.float32, shape, query, "query")
+
+
+def check_head_reduction(check: Check, head_reduction: int) -> None:
+    check.one_of(head_reduction, "head_reduction", ("NONE", "GROUP_MEAN", "GROUP_MAX", "ALL_MEAN"))
+
+
+def check_priority(
+    check: Check, priority: Tensor, shape: tuple[Size, Size, Size], reference: Tensor, name: str
+) -> None:
+    """Checks a priority per key, or per head and key, of scores of a shape."""
+    expected = shape if priority.dim() == 3 else (shape[0], shape[2])
+    check.companion(priority, "priority", torch.uint8, expected, reference, name)
+
+
+def num_score_heads(query: Tensor, key: Tensor, head_reduction: int) -> Any:
+    """The number of heads of the scores."""
+    return (query.shape[1], key.shape[1], key.shape[1], 1)[head_reduction]
+
+
+def check_kv_layers(check: Check, keys: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    check.at_least(len(keys), "len(keys)", 1)
+    if len(values) != len(keys):
+        check.fail("values", f"have as many layers as keys, {len(keys)}", len(values))
+    for layer, (key, value) in enumerate(zip(keys, values, strict=True)):
+        check.device(key, f"keys[{layer}]", keys[0], "keys[0]")
+        if layer == 0:
+            check.shape(key, "keys[0]", ANY, ANY, ANY, ANY)
+        else:
+            check.shape(key, f"keys[{layer}]", *keys[0].shape[:2], ANY, ANY)
+        check.movable(key, f"keys[{layer}]")
+        check.device(value, f"values[{layer}]", keys[0], "keys[0]")
+        check.shape(value, f"values[{layer}]", *key.shape[:3], ANY)
+        check.movable(value, f"values[{layer}]")
+
+
+def check_kept_indices(
+    check: Check,
+    kept_indices: Tensor,
+    kept_lens: Tensor | None,
+    shape: tuple[Size, Size, Size],
+    reference: Tensor,
+    name: str = "keys[0]",
+) -> None:
+    """Checks index lists for ``(num_layers, batch_size, num_kv_heads)``."""
+    num_layers, batch_size, num_kv_heads = shape
+    expected: tuple[Dim, ...] = (batch_size, (num_kv_heads, 1), ANY)
+    if kept_indices.dim() != 3:
+        expected = ((num_layers, 1), *expected)
+    check.companion(kept_indices, "kept_indices", torch.int32, expected, reference, name)
+    if kept_lens is not None:
+        lens_shape = kept_indices.shape[:-1]
+        check.companion(kept_lens, "kept_lens", torch.int32, lens_shape, reference, name)
+
+
+def _dim_name(dim: Dim) -> str:
+    if dim is None:
+        return "*"
+    if isinstance(dim, tuple):
+        return f"{dim[0]} or {dim[1]}" if dim[0] != dim[1] else str(dim[0])
+    return str(dim)
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _join(words: Sequence[str]) -> str:
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"

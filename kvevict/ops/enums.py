@@ -1,0 +1,22 @@
+"""Enums of the op schemas. Torch schemas carry them as plain ints."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+
+class Statistic(IntEnum):
+    """What `score_keys` computes over the voting rows, per key and head."""
+
+    SUM = 0
+    MAX = 1
+    SUM_OF_SQUARES = 2
+
+
+class HeadReduction(IntEnum):
+    """How the scores of the query heads become the scores of one list."""
+
+    NONE = 0
+    GROUP_MEAN = 1
+    GROUP_MAX = 2
+    ALL_MEAN = 3

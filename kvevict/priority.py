@@ -1,0 +1,49 @@
+"""Priorities for :func:`kvevict.select_topk`, so that nobody writes them by hand."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+NEVER, ORDINARY, PREFERRED, FORCED = 0, 1, 2, 3
+
+
+def build_priority(
+    key_mask: Tensor,
+    *,
+    num_sink: int = 0,
+    num_recent: int = 0,
+    preferred: Tensor | None = None,
+) -> Tensor:
+    """Builds the priority of every key.
+
+    Sinks and recent keys are counted among each sequence's real tokens, so left- and right-padded
+    batches come out alike.
+
+    Args:
+        key_mask: [batch_size, kv_len] bool, True for a real token.
+        num_sink: how many of the first real tokens are forced.
+        num_recent: how many of the last real tokens are forced.
+        preferred: [batch_size, kv_len] bool, tokens that outrank ordinary ones whatever their
+            score, such as text before vision.
+
+    Returns:
+        [batch_size, kv_len] uint8: 3 for sinks and recent keys, 2 for preferred, 1 for ordinary
+        keys, 0 for padding.
+
+    Raises:
+        ValueError: if num_sink or num_recent is negative, or preferred has another shape.
+    """
+    for name, value in (("num_sink", num_sink), ("num_recent", num_recent)):
+        if value < 0:
+            raise ValueError(f"kvevict.build_priority: {name} must be at least 0, got {value}")
+    if preferred is not None and preferred.shape != key_mask.shape:
+        expected, got = tuple(key_mask.shape), tuple(preferred.shape)
+        raise ValueError(f"kvevict.build_priority: preferred must have shape {expected}, got {got}")
+    from_start = key_mask.cumsum(-1)
+    from_end = key_mask.flip(-1).cumsum(-1).flip(-1)
+    priority = torch.full_like(key_mask, ORDINARY, dtype=torch.uint8)
+    if preferred is not None:
+        priority.masked_fill_(preferred, PREFERRED)
+    priority.masked_fill_((from_start <= num_sink) | (from_end <= num_recent), FORCED)
+    return priority.masked_fill_(~key_mask, NEVER)
