@@ -36,9 +36,9 @@ std::string dtype_name(ScalarType type) {
 std::string device_name(const Tensor& tensor) {
   if (tensor.is_cpu()) return "cpu";
   const std::string index = std::to_string(tensor.get_device_index());
-  return tensor.is_cuda() ? "cuda:" + index
-                          : "device " + std::to_string(static_cast<int>(tensor.device().type())) +
-                                ":" + index;
+  return tensor.is_cuda()
+             ? "cuda:" + index
+             : "device " + std::to_string(static_cast<int>(tensor.device().type())) + ":" + index;
 }
 
 // "a, b or c"
@@ -67,8 +67,8 @@ std::string dim_name(const Check::Dim& dim) {
 
 // The elements of a tensor as a set of byte ranges.
 struct Extent {
-  int64_t begin, end;    // of all, in bytes from 0
-  int64_t row_bytes;     // of the contiguous run at each combination of the other dimensions
+  int64_t begin, end;  // of all, in bytes from 0
+  int64_t row_bytes;   // of the contiguous run at each combination of the other dimensions
   std::vector<std::pair<int64_t, int64_t>> dims;  // (stride in bytes, size), stride descending
 };
 
@@ -193,6 +193,15 @@ void Check::companion(const Tensor& tensor, const std::string& argument, ScalarT
   device(tensor, argument, reference, reference_name);
   dtype(tensor, argument, {type});
   shape(tensor, argument, std::move(expected));
+}
+
+void Check::priority(const std::optional<Tensor>& tensor, int64_t batch_size, int64_t num_heads,
+                     int64_t kv_len, const Tensor& reference,
+                     const std::string& reference_name) const {
+  if (!tensor) return;
+  std::vector<Dim> expected{batch_size, kv_len};
+  if (tensor->dim() == 3) expected.insert(expected.begin() + 1, num_heads);
+  companion(*tensor, "priority", ScalarType::Byte, expected, reference, reference_name);
 }
 
 void Check::movable(const Tensor& tensor, const std::string& argument) const {

@@ -43,6 +43,10 @@ class Check {
                  std::vector<Dim> expected, const Tensor& reference,
                  const std::string& reference_name) const;
 
+  // Priorities of scores of a shape [batch_size, num_heads, kv_len], per key or per head and key.
+  void priority(const std::optional<Tensor>& tensor, int64_t batch_size, int64_t num_heads,
+                int64_t kv_len, const Tensor& reference, const std::string& reference_name) const;
+
   // A tensor whose elements can be moved as bytes.
   void movable(const Tensor& tensor, const std::string& argument) const;
 

@@ -103,12 +103,11 @@ IndexArgs check_kept_indices(const Check& check, const Tensor& kept_indices,
   dims.push_back(batch_size);
   dims.push_back({num_kv_heads, 1});
   dims.push_back(Check::kAny);
-  check.companion(kept_indices, "kept_indices", ScalarType::Int, dims, reference,
-                  reference_name);
+  check.companion(kept_indices, "kept_indices", ScalarType::Int, dims, reference, reference_name);
   if (kept_lens) {
     const auto sizes = kept_indices.sizes();
-    check.companion(*kept_lens, "kept_lens", ScalarType::Int,
-                    {sizes.begin(), sizes.end() - 1}, reference, reference_name);
+    check.companion(*kept_lens, "kept_lens", ScalarType::Int, {sizes.begin(), sizes.end() - 1},
+                    reference, reference_name);
   }
 
   IndexArgs args{{}, dense(kept_indices), dense(kept_lens)};

@@ -16,11 +16,12 @@ std::vector<std::string> element_names(const std::string& list, size_t count);
 // Checks lists of layers; all keys, then all values, as tensors of bytes.
 std::vector<KvTensor> check_kv_layers(const Check& check, const std::vector<Tensor>& keys,
                                       const std::vector<Tensor>& values);
-std::vector<KvTensor> kv_tensors(const std::vector<Tensor>& keys, const std::vector<Tensor>& values);
+std::vector<KvTensor> kv_tensors(const std::vector<Tensor>& keys,
+                                 const std::vector<Tensor>& values);
 
 struct IndexArgs {
   IndexLists lists;
-  Tensor indices;              // keep the pointers of lists alive
+  Tensor indices;  // keep the pointers of lists alive
   std::optional<Tensor> lens;
 };
 

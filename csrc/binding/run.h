@@ -15,8 +15,7 @@ void run(const char* op, const Params& params, const Tensor& like) {
   if constexpr (device == DeviceType::CPU) {
     const auto num_threads = static_cast<int64_t>(torch::stable::get_num_threads());
     const CpuPlan plan = Op::plan_cpu(params, static_cast<int>(num_threads));
-    const int64_t most_items =
-        *std::max_element(plan.num_items, plan.num_items + plan.num_phases);
+    const int64_t most_items = *std::max_element(plan.num_items, plan.num_items + plan.num_phases);
     const int64_t bytes =
         plan.shared_bytes + std::min(num_threads, most_items) * plan.bytes_per_thread;
     Tensor workspace;

@@ -28,7 +28,7 @@ struct IndexLists {
   const int32_t* indices;
   const int32_t* lens;  // [num_layers, batch_size, num_kv_heads], or null: every list has k entries
   int64_t k;
-  int64_t stride_layer, stride_batch, stride_head;              // of indices
+  int64_t stride_layer, stride_batch, stride_head;  // of indices
   int64_t lens_stride_layer, lens_stride_batch, lens_stride_head;
 
   KVEVICT_HD const int32_t* list(int64_t layer, int64_t batch, int64_t head) const {

@@ -20,8 +20,8 @@ KVEVICT_HD inline uint32_t order_key(uint32_t bits) {
   constexpr uint32_t kSign = 0x80000000u;
   constexpr uint32_t kInfinity = 0x7F800000u;
   const uint32_t magnitude = bits & ~kSign;
-  if (magnitude > kInfinity) return 1;       // NaN of either sign
-  if (magnitude == 0) return kSign;          // -0 is +0
+  if (magnitude > kInfinity) return 1;  // NaN of either sign
+  if (magnitude == 0) return kSign;     // -0 is +0
   return (bits & kSign) ? ~bits : bits | kSign;
 }
 

@@ -73,8 +73,10 @@ def _(
     check = Check("broadcast_indices")
     check.at_least(num_layers, "num_layers", 1)
     check.at_least(num_kv_heads, "num_kv_heads", 1)
-    batch_size = kept_indices.shape[-3] if kept_indices.dim() >= 3 else 0
     layers, heads = (num_layers, 1), (num_kv_heads, 1)
+    if kept_indices.dim() < 3:
+        check.shape(kept_indices, "kept_indices", ANY, heads, ANY)
+    batch_size = kept_indices.shape[-3]
     if base_indices is not None:
         shape = (layers, batch_size, heads, ANY)
         check.companion(

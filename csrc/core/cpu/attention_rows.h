@@ -32,7 +32,7 @@ inline int64_t row_block_size(const AttentionParams& attention) {
   constexpr int64_t kMaxRows = 128;
   constexpr int64_t kMinRows = 12;
   constexpr int64_t kCacheBytes = 4 << 20;
-  const int64_t row_bytes = padded_kv_len(attention) * int64_t{sizeof(float)};
+  const int64_t row_bytes = std::max(padded_kv_len(attention), kMaxPanel) * int64_t{sizeof(float)};
   return std::clamp(kCacheBytes / row_bytes, kMinRows, kMaxRows);
 }
 
@@ -282,9 +282,10 @@ void attend(const AttentionParams& attention, int64_t batch, int64_t kv_head,
     first_edge = std::min(first_edge, row.last_key);
     store(block.sum + i * kLanes, Vec{});
     block.reference[i] =
-        softmax_lse ? kLog2E * softmax_lse[(batch * attention.num_qo_heads + row.head) *
-                                               attention.qo_len + row.row]
-                    : kUnset;
+        softmax_lse
+            ? kLog2E * softmax_lse[(batch * attention.num_qo_heads + row.head) * attention.qo_len +
+                                   row.row]
+            : kUnset;
   }
 
   block.num_panels = last_key / kPanel + 1;
@@ -302,8 +303,7 @@ void attend(const AttentionParams& attention, int64_t batch, int64_t kv_head,
     }
     float* exponentials = block.exponentials + panel * block.capacity * kPanel;
     float* references = block.references + panel * block.capacity;
-    auto next_panel =
-        PanelPrefetch::of<dtype>(attention, batch, kv_head, first_key + kPanel);
+    auto next_panel = PanelPrefetch::of<dtype>(attention, batch, kv_head, first_key + kPanel);
     const int64_t lines_per_row = next_panel.num_lines() / block.num_rows + 1;
 
     multiply_panel<Product>(block, depth, [&](int64_t i, Vec(&logits)[kTileVecs]) {
@@ -361,7 +361,13 @@ inline void for_probabilities(const RowBlock& block, int64_t panel, int64_t i, F
   if (reference != block.reference[i]) {
     factor *= exp2(broadcast(reference - block.reference[i]))[0];
   }
-  for (int j = 0; j < kTileVecs; ++j) use(j, load<Vec>(exponentials + j * kLanes) * factor);
+  for (int j = 0; j < kTileVecs; ++j) {
+    const Vec exponential = load<Vec>(exponentials + j * kLanes);
+    Vec probabilities = exponential * factor;
+    // A row that saw a NaN makes its keys NaN, but not the keys that it does not see.
+    if (factor != factor) probabilities = exponential == 0.0f ? Vec{} : probabilities;
+    use(j, probabilities);
+  }
 }
 
 // Adds to rows[entry - first_entry] ([..][stride]) the mean over query heads [begin_head, end_head)

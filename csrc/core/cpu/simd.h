@@ -138,9 +138,9 @@ namespace detail {
 
 template <typename V, int... lanes>
 inline V interleave(V a, V b, int offset, std::integer_sequence<int, lanes...>) {
-  return offset == 0 ? __builtin_shufflevector(a, b, (lanes / 2 + lanes % 2 * kLanes)...)
-                     : __builtin_shufflevector(
-                           a, b, (lanes / 2 + lanes % 2 * kLanes + kLanes / 2)...);
+  return offset == 0
+             ? __builtin_shufflevector(a, b, (lanes / 2 + lanes % 2 * kLanes)...)
+             : __builtin_shufflevector(a, b, (lanes / 2 + lanes % 2 * kLanes + kLanes / 2)...);
 }
 
 }  // namespace detail

@@ -29,7 +29,10 @@ Tensor broadcast_indices(const Tensor& kept_indices, const Tensor& kept_lens, in
   const Check check("broadcast_indices");
   check.at_least(num_layers, "num_layers", 1);
   check.at_least(num_kv_heads, "num_kv_heads", 1);
-  const KvShape shape{num_layers, kept_indices.dim() >= 3 ? kept_indices.size(-3) : 0, num_kv_heads};
+  if (kept_indices.dim() < 3) {
+    check.shape(kept_indices, "kept_indices", {kAny, {num_kv_heads, 1}, kAny});
+  }
+  const KvShape shape{num_layers, kept_indices.size(-3), num_kv_heads};
   if (base_indices) {
     check.companion(*base_indices, "base_indices", ScalarType::Int,
                     {{num_layers, 1}, shape.batch_size, {num_kv_heads, 1}, kAny}, kept_indices,
@@ -46,9 +49,9 @@ Tensor broadcast_indices(const Tensor& kept_indices, const Tensor& kept_lens, in
   if (base) check_values(check, *base, "base_indices", num_positions);
   if (tables) check_values(check, *tables, "block_tables", kSlots / page_size);
   const int64_t kept_end = base ? base->size(3) : num_positions;
-  const IndexArgs kept = check_kept_indices(check, kept_indices, kept_lens, shape,
-                                            std::vector<int64_t>(num_layers, kept_end),
-                                            kept_indices, "kept_indices");
+  const IndexArgs kept =
+      check_kept_indices(check, kept_indices, kept_lens, shape,
+                         std::vector<int64_t>(num_layers, kept_end), kept_indices, "kept_indices");
 
   IndexLists base_lists{};
   if (base) {

@@ -24,8 +24,8 @@ Tensor score(const Tensor& query, const AttentionParams& attention, const Voting
       new_empty(query, {attention.batch_size, num_heads, attention.kv_len}, ScalarType::Float);
   auto* scores_data = static_cast<float*>(scores.mutable_data_ptr());
   if (!text_weighted) {
-    const ScoreKeysParams params{attention,   voting,   Statistic::kSum, reduction,
-                                 scores_data, num_heads};
+    const ScoreKeysParams params{attention, voting,      Statistic::kSum,
+                                 reduction, scores_data, num_heads};
     run<ScoreKeys, device>(kOp, params, scores);
     return scores;
   }
@@ -110,20 +110,15 @@ std::tuple<Tensor, Tensor, Tensor> score_and_compact(
     check.fail("pool_kernel", "be odd and at least 1", std::to_string(pool_kernel));
   }
   const int64_t num_heads = text_weighted ? 1 : num_score_heads(attention.params, reduction);
-  if (priority && priority->dim() == 3) {
-    check.companion(*priority, "priority", ScalarType::Byte, {batch_size, num_heads, kv_len},
-                    query, "query");
-  } else if (priority) {
-    check.companion(*priority, "priority", ScalarType::Byte, {batch_size, kv_len}, query, "query");
-  }
+  check.priority(priority, batch_size, num_heads, kv_len, query, "query");
   check.disjoint({key, value}, {"key", "value"});
   const VotingArgs voting =
       check_voting_rows(check, attention.params, query, row_index, row_weight, softmax_lse);
 
   const Tensor scores =
       score<device>(query, attention.params, voting.rows, reduction, text_weighted);
-  const auto [kept_indices, kept_lens] = select<device>(
-      scores, dense(priority), attention.params.key_mask, budget, pool_kernel);
+  const auto [kept_indices, kept_lens] =
+      select<device>(scores, dense(priority), attention.params.key_mask, budget, pool_kernel);
 
   const std::vector<KvTensor> tensors = kv_tensors({key}, {value});
   const int64_t head_stride = num_heads == 1 ? 0 : 1;

@@ -39,10 +39,8 @@ struct ScoreKeys {
     }
     scratch.take<float>(row_block_size(attention) * padded_kv_len(attention));
     const int64_t splits = num_row_splits(params, num_threads);
-    return {2,
-            {num_scores * splits, num_scores},
-            num_scores * splits * columns_bytes,
-            scratch.bytes()};
+    return {
+        2, {num_scores * splits, num_scores}, num_scores * splits * columns_bytes, scratch.bytes()};
   }
   template <Isa isa>
   static void run_cpu(const ScoreKeysParams& params, const CpuWork& work) noexcept;

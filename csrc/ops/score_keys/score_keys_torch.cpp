@@ -20,7 +20,8 @@ Tensor score_keys(const Tensor& query, const Tensor& key, const std::optional<Te
 
   const auto reduction = static_cast<HeadReduction>(head_reduction);
   const int64_t num_heads = num_score_heads(attention.params, reduction);
-  const Tensor scores = new_empty(query, {query.size(0), num_heads, key.size(2)}, ScalarType::Float);
+  const Tensor scores =
+      new_empty(query, {query.size(0), num_heads, key.size(2)}, ScalarType::Float);
   const ScoreKeysParams params{
       attention.params,
       voting.rows,

@@ -17,8 +17,8 @@ void mean_text_rows(const ScoreKeysByTextParams& params, const CpuWork& work, fl
   for (int64_t item = work.begin; item < work.end;) {
     const int64_t batch = item / num_rows;
     const int64_t first_entry = item % num_rows;
-    const int64_t end_entry = std::min(
-        {num_rows, first_entry + work.end - item, first_entry + block.capacity});
+    const int64_t end_entry =
+        std::min({num_rows, first_entry + work.end - item, first_entry + block.capacity});
     add_mean_rows<dtype>(attention, params.text, batch, 0, attention.num_qo_heads, first_entry,
                          end_entry, block, rows + item * stride, stride);
     item += end_entry - first_entry;

@@ -9,10 +9,11 @@ namespace kvevict {
 namespace {
 
 template <DeviceType device>
-std::tuple<Tensor, Tensor, Tensor> score_keys_by_text(
-    const Tensor& query, const Tensor& key, const Tensor& row_index,
-    const std::optional<Tensor>& softmax_lse, const std::optional<Tensor>& key_mask,
-    std::optional<double> sm_scale) {
+std::tuple<Tensor, Tensor, Tensor> score_keys_by_text(const Tensor& query, const Tensor& key,
+                                                      const Tensor& row_index,
+                                                      const std::optional<Tensor>& softmax_lse,
+                                                      const std::optional<Tensor>& key_mask,
+                                                      std::optional<double> sm_scale) {
   const Check check("score_keys_by_text");
   const AttentionArgs attention =
       check_attention(check, query, key, key_mask, sm_scale, /*causal=*/true);

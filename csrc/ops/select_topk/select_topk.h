@@ -28,9 +28,9 @@ struct SelectTopkParams {
 struct SelectScratch {
   static constexpr int64_t kOvershoot = 16;
   static constexpr int64_t kBuckets = 2048;
-  uint32_t* keys;         // [kv_len]
-  uint32_t* candidates;   // [kv_len]
-  uint32_t* histogram;    // [kBuckets]
+  uint32_t* keys;        // [kv_len]
+  uint32_t* candidates;  // [kv_len]
+  uint32_t* histogram;   // [kBuckets]
 
   static SelectScratch carve(Arena& arena, int64_t kv_len) {
     return {arena.take<uint32_t>(kv_len + kOvershoot), arena.take<uint32_t>(kv_len + kOvershoot),

@@ -22,14 +22,7 @@ std::tuple<Tensor, Tensor> select_topk(const Tensor& scores, int64_t k,
   if (row_k) {
     check.companion(*row_k, "row_k", ScalarType::Int, {batch_size, num_heads}, scores, "scores");
   }
-  const bool priority_per_head = priority && priority->dim() == 3;
-  if (priority && priority_per_head) {
-    check.companion(*priority, "priority", ScalarType::Byte, {batch_size, num_heads, kv_len},
-                    scores, "scores");
-  } else if (priority) {
-    check.companion(*priority, "priority", ScalarType::Byte, {batch_size, kv_len}, scores,
-                    "scores");
-  }
+  check.priority(priority, batch_size, num_heads, kv_len, scores, "scores");
   const Tensor dense_scores = dense(scores);
   const std::optional<Tensor> dense_row_k = dense(row_k), dense_priority = dense(priority);
   if (scores.is_cpu() && row_k) {
@@ -46,7 +39,7 @@ std::tuple<Tensor, Tensor> select_topk(const Tensor& scores, int64_t k,
   const SelectTopkParams params{
       static_cast<const float*>(dense_scores.const_data_ptr()),
       data_or_null<uint8_t>(dense_priority),
-      priority_per_head,
+      priority && priority->dim() == 3,
       data_or_null<int32_t>(dense_row_k),
       static_cast<int32_t*>(kept_indices.mutable_data_ptr()),
       static_cast<int32_t*>(kept_lens.mutable_data_ptr()),

@@ -1,0 +1,56 @@
+"""Fixtures and reports shared by all tests."""
+
+from __future__ import annotations
+
+import hypothesis
+import pytest
+import torch
+
+from tests.support.backends import CPU, CUDA, Backend, available_backends
+
+hypothesis.settings.register_profile("kvevict", deadline=None, derandomize=True, database=None)
+hypothesis.settings.load_profile("kvevict")
+
+BACKENDS = available_backends()
+
+
+@pytest.fixture(params=BACKENDS, ids=lambda backend: backend.name)
+def backend(request: pytest.FixtureRequest) -> Backend:
+    """Return the backend to test, one after the other."""
+    selected: Backend = request.param
+    return selected
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    """Give every test the same random numbers, whichever ran before it."""
+    torch.manual_seed(0)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "every_isa: repeated for every CPU ISA by test_isa.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what would have run on CUDA too, so that the summary can count it (xdist included)."""
+    for item in items:
+        callspec = getattr(item, "callspec", None)
+        if callspec is not None and callspec.params.get("backend") == CPU:
+            item.user_properties.append(("cuda_twin", True))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say how many CUDA tests were not run; they count neither as passed nor as skipped."""
+    if CUDA in BACKENDS:
+        return
+    twins = {
+        report.nodeid
+        for reports in terminalreporter.stats.values()
+        for report in reports
+        if ("cuda_twin", True) in getattr(report, "user_properties", [])
+    }
+    if twins:
+        terminalreporter.write_line(
+            f"{len(twins)} CUDA tests were not run: this machine has no GPU, or this build no CUDA",
+            yellow=True,
+        )

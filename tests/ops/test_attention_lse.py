@@ -1,0 +1,72 @@
+"""attention_lse against its oracle."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.support import shapes
+from tests.support.backends import Backend
+from tests.support.checks import assert_matches_oracle, assert_same_bytes
+from tests.support.scoring import (
+    attention_arguments,
+    every_extreme,
+    extreme_inputs,
+    shapes_and_dtypes,
+    spoil_padding,
+)
+from tests.support.shapes import Shape
+
+OP = "attention_lse"
+
+
+@pytest.mark.every_isa
+@shapes_and_dtypes
+def test_matches_oracle(backend: Backend, shape: Shape, dtype: torch.dtype) -> None:
+    arguments = attention_arguments(shape, backend.device, dtype)
+    assert_matches_oracle(backend, OP, arguments)
+    assert_matches_oracle(backend, OP, {**arguments, "causal": False, "sm_scale": -0.7})
+
+
+def test_not_causal_takes_more_rows_than_keys(backend: Backend) -> None:
+    shape = Shape("free", qo_len=19, kv_len=5, left_padding=(2, 5))
+    lse = assert_matches_oracle(
+        backend, OP, {**attention_arguments(shape, backend.device), "causal": False}
+    )
+    assert lse[0].isfinite().all() and lse[1].isneginf().all()
+    no_keys = attention_arguments(replace(shape, kv_len=0, left_padding=()), backend.device)
+    lse = assert_matches_oracle(backend, OP, {**no_keys, "causal": False})
+    assert lse.isneginf().all() and lse.shape == (2, 4, 19)
+
+
+def test_padding_rows_are_minus_infinity(backend: Backend) -> None:
+    arguments = attention_arguments(shapes.LEFT_PADDED, backend.device)
+    lse = backend.op(OP)(**arguments)
+    padding = ~arguments["key_mask"][:, None].expand_as(lse)
+    assert torch.equal(lse.isneginf(), padding)
+
+
+@pytest.mark.parametrize("shape", shapes.PADDED, ids=str)
+def test_padding_may_hold_anything(backend: Backend, shape: Shape) -> None:
+    arguments = attention_arguments(shape, backend.device)
+    expected = backend.op(OP)(**arguments)
+    assert_same_bytes(backend.op(OP)(**spoil_padding(arguments)), expected)
+
+
+@pytest.mark.every_isa
+@every_extreme
+def test_extreme(backend: Backend, extreme: str) -> None:
+    arguments = extreme_inputs(backend.device)[extreme]
+    assert_matches_oracle(backend, OP, arguments, extreme=True)
+
+
+def test_nan_is_not_hidden(backend: Backend) -> None:
+    """A row that sees a NaN has no log-sum-exp; the rows before it are as they were."""
+    arguments = attention_arguments(Shape("square", qo_len=21), backend.device)
+    expected = backend.op(OP)(**arguments)
+    arguments["key"][:, :, 11, 3] = torch.nan
+    lse = backend.op(OP)(**arguments)
+    assert_same_bytes(lse[:, :, :11], expected[:, :, :11])
+    assert lse[:, :, 11:].isnan().all()

@@ -1,0 +1,140 @@
+"""What every op must do, on the samples of tests/support/samples.py."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from kvevict import ops, reference
+from tests.support.backends import OPS, Backend
+from tests.support.checks import (
+    assert_compiles,
+    assert_fake_matches,
+    assert_same_bytes,
+    batch_dim,
+    clone,
+    num_threads,
+    outcome,
+    spread,
+    take_sequence,
+)
+from tests.support.samples import NAMES, SAMPLES, Sizes, make_sample
+
+WRITING = ("compact_kv_", "score_and_compact")
+
+every_op = pytest.mark.parametrize("op", OPS)
+every_sample = pytest.mark.parametrize(("op", "sample"), NAMES)
+
+
+def larger(device: str) -> Sizes:
+    """Return sizes that take several tiles, blocks and threads, and are prime where they can be."""
+    return Sizes(device, 3, 3, 8, 2, 67, 331, 64, num_rows=37, k=101)
+
+
+def test_samples_cover_the_ops() -> None:
+    enums = {"HeadReduction", "Statistic"}
+    assert set(SAMPLES) == set(OPS) == set(reference.__all__) == set(ops.__all__) - enums
+
+
+@every_op
+def test_signature(op: str) -> None:
+    """The public function, the oracle and the schema agree in names, order, kinds and defaults."""
+
+    def parameters(function: Any) -> list[tuple[str, Any, Any]]:
+        signature = inspect.signature(function)
+        return [(p.name, p.kind, p.default) for p in signature.parameters.values()]
+
+    assert parameters(getattr(ops, op)) == parameters(getattr(reference, op))
+    schema = getattr(torch.ops.kvevict, op).default._schema
+    kinds = {False: inspect.Parameter.POSITIONAL_OR_KEYWORD, True: inspect.Parameter.KEYWORD_ONLY}
+    in_schema = [
+        (a.name, kinds[a.kwarg_only], a.default_value if a.has_default_value() else inspect._empty)
+        for a in schema.arguments
+    ]
+    assert in_schema == parameters(getattr(reference, op))
+
+
+@every_sample
+def test_public_function_is_the_op(op: str, sample: str) -> None:
+    arguments = make_sample(op, sample)
+    actual = outcome(getattr(ops, op), arguments)
+    assert_same_bytes(actual, outcome(getattr(torch.ops.kvevict, op), arguments))
+
+
+@every_sample
+def test_opcheck(backend: Backend, op: str, sample: str) -> None:
+    arguments = make_sample(op, sample, Sizes(backend.device))
+    torch.library.opcheck(backend.op(op).default, (), arguments)
+
+
+@every_sample
+def test_fake_kernel(backend: Backend, op: str, sample: str) -> None:
+    assert_fake_matches(backend, op, make_sample(op, sample, larger(backend.device)))
+
+
+@every_sample
+def test_compile(backend: Backend, op: str, sample: str) -> None:
+    small = make_sample(op, sample, Sizes(backend.device, qo_len=5))
+    large = make_sample(op, sample, Sizes(backend.device, 2, 3, 6, 3, 6, 9, 24, num_rows=4, k=4))
+    assert_compiles(backend, op, [small, large], "aot_eager")
+
+
+@pytest.mark.parametrize("op", ["compact_kv_", "score_and_compact"])
+def test_compile_with_inductor(backend: Backend, op: str) -> None:
+    arguments = make_sample(op, "full", Sizes(backend.device))
+    assert_compiles(backend, op, [arguments], "inductor")
+
+
+@every_sample
+def test_deterministic(backend: Backend, op: str, sample: str) -> None:
+    """The same bytes from run to run and for any number of threads."""
+    arguments = make_sample(op, sample, larger(backend.device))
+    expected = outcome(backend.op(op), arguments)
+    for count in (1, 2, 2, 3):
+        with num_threads(count):
+            actual = outcome(backend.op(op), arguments)
+        assert_same_bytes(actual, expected, f"{count} threads")
+
+
+@pytest.mark.parametrize(("op", "sample"), [name for name in NAMES if name[0] != "null"])
+def test_each_sequence_stands_alone(backend: Backend, op: str, sample: str) -> None:
+    """A sequence gets the same bytes in any batch."""
+    sizes = larger(backend.device)
+    arguments = make_sample(op, sample, sizes)
+    result_dim = "kept_indices" if op == "broadcast_indices" else "scores"
+    whole = outcome(backend.op(op), arguments)
+    for b in range(sizes.batch_size):
+
+        def take(tensor: Tensor, b: int = b) -> Tensor:
+            return tensor.narrow(batch_dim(result_dim, tensor), b, 1)
+
+        expected = pytree.tree_map_only(Tensor, take, whole)
+        actual = outcome(backend.op(op), take_sequence(arguments, b))
+        assert_same_bytes(actual, expected, f"sequence {b}")
+
+
+@every_sample
+def test_inputs_are_not_written(backend: Backend, op: str, sample: str) -> None:
+    arguments = make_sample(op, sample, Sizes(backend.device))
+    written = ("keys", "values", "key", "value") if op in WRITING else ()
+    before = clone(arguments)
+    backend.op(op)(**arguments)
+    for name in set(arguments) - set(written):
+        assert_same_bytes(arguments[name], before[name], name)
+
+
+@every_op
+def test_small_arguments_may_have_any_strides(backend: Backend, op: str) -> None:
+    """Masks, weights, lists and the like need not be contiguous; query, key and value must be."""
+    arguments = make_sample(op, "full" if op != "null" else "plain", Sizes(backend.device))
+    expected = outcome(backend.op(op), arguments)
+    large = ("query", "key", "value", "keys", "values")
+    for name, value in arguments.items():
+        if isinstance(value, Tensor) and name not in large:
+            actual = outcome(backend.op(op), {**arguments, name: spread(value)})
+            assert_same_bytes(actual, expected, name)

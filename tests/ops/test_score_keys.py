@@ -1,0 +1,133 @@
+"""score_keys against its oracle."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from kvevict import reference
+from kvevict.ops.enums import HeadReduction, Statistic
+from tests.support import shapes
+from tests.support.backends import Backend
+from tests.support.checks import assert_matches_oracle, assert_same_bytes
+from tests.support.samples import Arguments
+from tests.support.scoring import (
+    attention_arguments,
+    every_extreme,
+    extreme_inputs,
+    shapes_and_dtypes,
+    spoil_padding,
+)
+from tests.support.shapes import Shape, make_rows
+
+OP = "score_keys"
+MODES = list(itertools.product(Statistic, HeadReduction))
+every_mode = pytest.mark.parametrize(("statistic", "head_reduction"), MODES)
+
+
+def voting_arguments(shape: Shape, device: str, *, num_rows: int = 11) -> Arguments:
+    """Return rows with duplicates and -1, and a weight for every head and row, some of them 0."""
+    row_weight = torch.rand(shape.batch_size, shape.num_qo_heads, num_rows, device=device)
+    return {
+        "row_index": make_rows(shape.batch_size, num_rows, shape.qo_len, device),
+        "row_weight": row_weight * (row_weight > 0.2),
+    }
+
+
+@pytest.mark.every_isa
+@shapes_and_dtypes
+def test_matches_oracle(backend: Backend, shape: Shape, dtype: torch.dtype) -> None:
+    arguments = attention_arguments(shape, backend.device, dtype)
+    assert_matches_oracle(backend, OP, arguments)
+    voting = voting_arguments(shape, backend.device)
+    assert_matches_oracle(backend, OP, {**arguments, **voting, "sm_scale": -0.3})
+
+
+@pytest.mark.every_isa
+@every_mode
+@pytest.mark.parametrize("shape", [shapes.LEFT_PADDED, shapes.GROUP_7], ids=str)
+def test_modes(backend: Backend, shape: Shape, statistic: int, head_reduction: int) -> None:
+    arguments = attention_arguments(shape, backend.device)
+    arguments |= {"statistic": statistic, "head_reduction": head_reduction}
+    assert_matches_oracle(backend, OP, arguments)
+    voting = voting_arguments(shape, backend.device)
+    assert_matches_oracle(backend, OP, {**arguments, **voting, "causal": False})
+    shared = {**voting, "row_weight": voting["row_weight"][:, 0]}
+    assert_matches_oracle(backend, OP, {**arguments, **shared})
+
+
+@every_mode
+def test_given_lse(backend: Backend, statistic: int, head_reduction: int) -> None:
+    """It is used as given, also where it is wrong; a row at -inf has no vote."""
+    shape = shapes.GROUP_4
+    arguments = attention_arguments(shape, backend.device)
+    softmax_lse = reference.attention_lse(arguments["query"].cpu(), arguments["key"].cpu())
+    softmax_lse = softmax_lse + torch.rand(softmax_lse.shape)
+    softmax_lse[:, 1::3, ::5] = -torch.inf
+    arguments |= {
+        "softmax_lse": softmax_lse.float().to(backend.device),
+        "statistic": statistic,
+        "head_reduction": head_reduction,
+    }
+    assert_matches_oracle(backend, OP, arguments)
+    voting = voting_arguments(shape, backend.device)
+    assert_matches_oracle(backend, OP, {**arguments, **voting})
+
+
+@every_mode
+@pytest.mark.parametrize("num_rows", [0, 3])
+def test_no_voting_row(
+    backend: Backend, statistic: int, head_reduction: int, num_rows: int
+) -> None:
+    arguments = attention_arguments(shapes.ODD, backend.device)
+    nobody = torch.full((3, num_rows), -1, dtype=torch.int32, device=backend.device)
+    scores = assert_matches_oracle(
+        backend,
+        OP,
+        {
+            **arguments,
+            "row_index": nobody,
+            "statistic": statistic,
+            "head_reduction": head_reduction,
+        },
+    )
+    assert (scores == 0).all()
+
+
+def test_more_rows_than_keys(backend: Backend) -> None:
+    """Free sets of rows and keys, and a list of rows longer than the query."""
+    shape = Shape("free", qo_len=150, kv_len=5, left_padding=(2, 5))
+    arguments = attention_arguments(shape, backend.device) | {"causal": False}
+    assert_matches_oracle(backend, OP, arguments)
+    voting = voting_arguments(shape, backend.device, num_rows=301)
+    scores = assert_matches_oracle(backend, OP, {**arguments, **voting})
+    assert (scores[1] == 0).all()
+
+
+@every_mode
+def test_padding_may_hold_anything(backend: Backend, statistic: int, head_reduction: int) -> None:
+    arguments = attention_arguments(shapes.LEFT_PADDED, backend.device)
+    arguments |= {"statistic": statistic, "head_reduction": head_reduction}
+    scores = backend.op(OP)(**arguments)
+    assert_same_bytes(backend.op(OP)(**spoil_padding(arguments)), scores)
+    assert (scores.movedim(1, -1)[~arguments["key_mask"]] == 0).all()
+
+
+@pytest.mark.every_isa
+@every_extreme
+@pytest.mark.parametrize("statistic", list(Statistic))
+def test_extreme(backend: Backend, extreme: str, statistic: int) -> None:
+    arguments = extreme_inputs(backend.device)[extreme] | {"statistic": statistic}
+    assert_matches_oracle(backend, OP, arguments, extreme=True)
+
+
+def test_nan_is_not_hidden(backend: Backend) -> None:
+    """One row with a NaN spoils the scores of all keys that it sees, and no other head's."""
+    shape = Shape("square", qo_len=21, num_kv_heads=4)
+    arguments = attention_arguments(shape, backend.device)
+    arguments["query"][:, 2, 11, 3] = torch.nan
+    scores = backend.op(OP)(**arguments)
+    assert scores[:, 2, :12].isnan().all()
+    assert scores[:, [0, 1, 3]].isfinite().all()

@@ -1,0 +1,461 @@
+"""Every bad call that an op must refuse, in one table.
+
+A row changes one argument of a good call. The op must raise a ValueError that reads
+`kvevict::<op>: <argument> must <expectation>, got <value>`, and write nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tests.support.checks import spread
+from tests.support.samples import SAMPLES, Arguments, Sizes, make_sample
+
+Change = Callable[[Any], Any]
+
+SIZES = Sizes()
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """One bad call: a good one of `op` with `argument` replaced by `change` of itself.
+
+    blamed: the argument that the message names. reads_data: only the CPU must notice.
+    """
+
+    op: str
+    case: str
+    argument: str
+    change: Change
+    blamed: str
+    reads_data: bool = False
+    also: tuple[tuple[str, Any], ...] = ()
+
+    def __str__(self) -> str:
+        return f"{self.op}-{self.argument}-{self.case}"
+
+    def make_arguments(self, device: str) -> Arguments:
+        """Return the bad arguments."""
+        arguments = make_good(self.op, device)
+        arguments[self.argument] = self.change(arguments[self.argument])
+        arguments.update(self.also)
+        return arguments
+
+
+def make_good(op: str, device: str) -> Arguments:
+    """Return the good call that the rows of an op start from; it gives every optional argument."""
+    arguments = make_sample(op, next(iter(SAMPLES[op])), replace(SIZES, device=device))
+    if "kept_lens" in arguments:
+        # All lists alike, so that any one of them can be spoiled in any of its entries.
+        arguments["kept_indices"][:] = torch.tensor([0, 4, 5])
+        arguments["kept_lens"][:] = 2
+    return arguments
+
+
+# --- Changes ------------------------------------------------------------------------------------
+
+
+def to(value: Any) -> Change:
+    """Return a change that replaces the argument."""
+    return lambda _: value
+
+
+def cast(dtype: torch.dtype) -> Change:
+    return lambda tensor: tensor.to(dtype)
+
+
+def drop(dim: int) -> Change:
+    return lambda tensor: tensor.select(dim, 0)
+
+
+def shorten(dim: int) -> Change:
+    """Return a change that leaves out the last element of a dimension."""
+    return lambda tensor: tensor.narrow(dim, 0, tensor.shape[dim] - 1)
+
+
+def lengthen(dim: int, extra: int = 1) -> Change:
+    """Return a change that repeats the first elements of a dimension at its end."""
+    return lambda tensor: torch.cat([tensor, tensor.narrow(dim, 0, extra)], dim)
+
+
+def elsewhere(tensor: Tensor) -> Tensor:
+    return tensor.to("meta")
+
+
+def put(value: float, *place: int) -> Change:
+    """Return a change of one element."""
+
+    def change(tensor: Tensor) -> Tensor:
+        tensor = tensor.clone()
+        tensor[place] = value
+        return tensor
+
+    return change
+
+
+def of_last(change: Change) -> Change:
+    """Return a change of the last tensor of a list."""
+    return lambda tensors: [*tensors[:-1], change(tensors[-1])]
+
+
+# --- The table ----------------------------------------------------------------------------------
+
+
+def _rows(
+    op: str,
+    argument: str,
+    cases: dict[str, Change],
+    *,
+    blamed: str | None = None,
+    reads_data: bool = False,
+    also: tuple[tuple[str, Any], ...] = (),
+) -> Iterator[Refusal]:
+    for case, change in cases.items():
+        yield Refusal(op, case, argument, change, blamed or argument, reads_data, also)
+
+
+def _query_and_key(op: str) -> Iterator[Refusal]:
+    yield from _rows(
+        op,
+        "query",
+        {
+            "rank": drop(0),
+            "float64": cast(torch.float64),
+            "int32": cast(torch.int32),
+            "strided": spread,
+            "head_dim_12": lambda query: query[..., :12],
+            "head_dim_264": lambda query: query.new_zeros(*query.shape[:3], 264),
+            "heads": shorten(1),
+            "longer_than_key": lengthen(2, 3),
+        },
+    )
+    yield from _rows(
+        op,
+        "key",
+        {
+            "rank": drop(0),
+            "dtype": cast(torch.float16),
+            "device": elsewhere,
+            "strided": spread,
+            "batch_size": shorten(0),
+            "head_dim": shorten(3),
+        },
+    )
+    yield from _rows(
+        op,
+        "key_mask",
+        {
+            "rank": drop(0),
+            "uint8": cast(torch.uint8),
+            "device": elsewhere,
+            "batch_size": shorten(0),
+            "kv_len": shorten(1),
+        },
+    )
+    yield from _rows(op, "sm_scale", {"nan": to(float("nan")), "inf": to(float("inf"))})
+
+
+def _rows_that_vote(op: str) -> Iterator[Refusal]:
+    yield from _rows(
+        op,
+        "row_index",
+        {
+            "rank": drop(0),
+            "int64": cast(torch.int64),
+            "device": elsewhere,
+            "batch_size": shorten(0),
+        },
+    )
+    yield from _rows(
+        op,
+        "row_index",
+        {"above": put(SIZES.qo_len, 1, 2), "below": put(-2, 0, 0)},
+        reads_data=True,
+    )
+    yield from _rows(
+        op,
+        "softmax_lse",
+        {
+            "rank": drop(0),
+            "float64": cast(torch.float64),
+            "device": elsewhere,
+            "batch_size": shorten(0),
+            "heads": shorten(1),
+            "qo_len": shorten(2),
+        },
+    )
+
+
+def _weights(op: str) -> Iterator[Refusal]:
+    yield from _rows(
+        op,
+        "row_weight",
+        {
+            "rank": drop(0),
+            "float64": cast(torch.float64),
+            "device": elsewhere,
+            "batch_size": shorten(0),
+            "num_rows": shorten(1),
+            "heads": lambda weight: weight[:, None].repeat(1, SIZES.num_kv_heads, 1),
+        },
+    )
+    yield from _rows(
+        op,
+        "row_weight",
+        {
+            "negative": put(-0.5, 0, 1),
+            "nan": put(float("nan"), 1, 0),
+            "inf": put(float("inf"), 0, 0),
+        },
+        reads_data=True,
+    )
+
+
+def _priorities(op: str) -> Iterator[Refusal]:
+    yield from _rows(
+        op,
+        "priority",
+        {
+            "rank": drop(0),
+            "int8": cast(torch.int8),
+            "bool": cast(torch.bool),
+            "device": elsewhere,
+            "batch_size": shorten(0),
+            "kv_len": shorten(1),
+            "heads": lambda priority: priority[:, None].repeat(1, SIZES.num_kv_heads + 1, 1),
+        },
+    )
+
+
+def _index_lists(op: str) -> Iterator[Refusal]:
+    yield from _rows(
+        op,
+        "kept_indices",
+        {
+            "rank_2": lambda indices: indices[0, 0],
+            "rank_5": lambda indices: indices[None],
+            "int64": cast(torch.int64),
+            "layers": lengthen(0),
+            "heads": lengthen(2),
+        },
+    )
+    yield from _rows(
+        op,
+        "kept_lens",
+        {
+            "rank": drop(0),
+            "int64": cast(torch.int64),
+            "device": elsewhere,
+            "layers": lengthen(0),
+            "batch_size": shorten(1),
+            "heads": lengthen(2),
+        },
+    )
+    yield from _rows(
+        op,
+        "kept_indices",
+        {
+            "not_ascending": put(5, 1, 1, 1, 0),
+            "repeated": put(0, 0, 1, 0, 1),
+            "negative": put(-1, 0, 0, 1, 0),
+            "above": put(SIZES.kv_len, 1, 0, 1, 1),
+        },
+        reads_data=True,
+    )
+    yield from _rows(
+        op,
+        "kept_lens",
+        {"above_k": put(SIZES.k + 1, 1, 1, 1), "negative": put(-1, 0, 0, 0)},
+        reads_data=True,
+    )
+
+
+def _moved(op: str) -> Iterator[Refusal]:
+    both = {
+        "rank": drop(0),
+        "complex128": cast(torch.complex128),
+        "strided": spread,
+        "batch_size": shorten(0),
+        "heads": shorten(1),
+    }
+    yield from _rows(op, "keys", {case: of_last(change) for case, change in both.items()})
+    with_kv_len = {**both, "kv_len": shorten(2), "device": elsewhere}
+    yield from _rows(op, "values", {case: of_last(change) for case, change in with_kv_len.items()})
+    yield from _rows(op, "values", {"shorter_list": lambda values: values[:1]})
+    yield from _index_lists(op)
+    yield from _rows(op, "kept_indices", {"device": elsewhere, "batch_size": shorten(1)})
+    yield from _rows(
+        op,
+        "kept_indices",
+        {"padded_without_lens": put(-1, 1, 1, 0, 2)},
+        reads_data=True,
+        also=(("kept_lens", None),),
+    )
+
+
+def _null() -> Iterator[Refusal]:
+    yield from _rows("null", "input", {"float64": cast(torch.float64), "int32": cast(torch.int32)})
+
+
+def _attention_lse() -> Iterator[Refusal]:
+    yield from _query_and_key("attention_lse")
+
+
+def _score_keys() -> Iterator[Refusal]:
+    op = "score_keys"
+    yield from _query_and_key(op)
+    yield from _rows_that_vote(op)
+    yield from _weights(op)
+    yield from _rows(op, "statistic", {"below": to(-1), "above": to(3)})
+    yield from _rows(op, "head_reduction", {"below": to(-1), "above": to(4)})
+
+
+def _score_keys_by_text() -> Iterator[Refusal]:
+    yield from _query_and_key("score_keys_by_text")
+    yield from _rows_that_vote("score_keys_by_text")
+
+
+def _select_topk() -> Iterator[Refusal]:
+    op = "select_topk"
+    yield from _rows(
+        op,
+        "scores",
+        {"rank": drop(0), "float16": cast(torch.float16), "float64": cast(torch.float64)},
+    )
+    yield from _rows(op, "k", {"negative": to(-1)})
+    yield from _rows(
+        op,
+        "row_k",
+        {
+            "rank": drop(0),
+            "int64": cast(torch.int64),
+            "device": elsewhere,
+            "batch_size": shorten(0),
+            "heads": shorten(1),
+        },
+    )
+    yield from _rows(
+        op, "row_k", {"negative": put(-1, 0, 1), "above_k": put(SIZES.k + 1, 1, 0)}, reads_data=True
+    )
+    yield from _priorities(op)
+
+
+def _broadcast_indices() -> Iterator[Refusal]:
+    op = "broadcast_indices"
+    yield from _index_lists(op)
+    yield from _rows(op, "num_layers", {"negative": to(-1)})
+    yield from _rows(op, "num_kv_heads", {"negative": to(-1)})
+    yield from _rows(
+        op,
+        "base_indices",
+        {
+            "rank": drop(0),
+            "int64": cast(torch.int64),
+            "device": elsewhere,
+            "layers": lambda base: base.repeat(SIZES.num_layers + 1, 1, 1, 1),
+            "batch_size": shorten(1),
+            "heads": lengthen(2),
+        },
+    )
+    yield from _rows(
+        op,
+        "block_tables",
+        {
+            "rank": drop(0),
+            "int64": cast(torch.int64),
+            "device": elsewhere,
+            "layers": lengthen(0),
+            "batch_size": shorten(1),
+        },
+    )
+    yield from _rows(op, "page_size", {"zero": to(0), "negative": to(-1)})
+    yield from _rows(
+        op,
+        "block_tables",
+        {"below": put(-2, 0, 1, 0), "above": put(2**30, 1, 0, 1)},
+        reads_data=True,
+    )
+
+
+def _gather_kv() -> Iterator[Refusal]:
+    yield from _moved("gather_kv")
+
+
+def _compact_kv() -> Iterator[Refusal]:
+    yield from _moved("compact_kv_")
+
+
+def _score_and_compact() -> Iterator[Refusal]:
+    op = "score_and_compact"
+    yield from _query_and_key(op)
+    yield from _rows_that_vote(op)
+    yield from _weights(op)
+    yield from _priorities(op)
+    yield from _rows(
+        op,
+        "value",
+        {
+            "rank": drop(0),
+            "complex128": cast(torch.complex128),
+            "device": elsewhere,
+            "strided": spread,
+            "batch_size": shorten(0),
+            "heads": shorten(1),
+            "kv_len": shorten(2),
+        },
+    )
+    yield from _rows(op, "budget", {"negative": to(-1)})
+    yield from _rows(op, "pool_kernel", {"even": to(2), "zero": to(0), "negative": to(-3)})
+    yield from _rows(
+        op,
+        "head_reduction",
+        {"below": to(-1), "above": to(4), "none_of_a_group": to(0)},
+    )
+    weighted = (("text_weighted", True), ("row_weight", None))
+    yield from _rows(op, "row_index", {"missing": to(None)}, also=weighted)
+    yield from _rows(op, "text_weighted", {"with_weights": to(True)}, blamed="row_weight")
+    yield from _rows(op, "causal", {"text_not_causal": to(False)}, also=weighted)
+
+
+REFUSALS: tuple[Refusal, ...] = tuple(
+    row
+    for rows in (
+        _null,
+        _attention_lse,
+        _score_keys,
+        _score_keys_by_text,
+        _select_topk,
+        _broadcast_indices,
+        _gather_kv,
+        _compact_kv,
+        _score_and_compact,
+    )
+    for row in rows()
+)
+
+
+def overlapping_arguments(op: str, device: str) -> Iterator[tuple[str, Arguments]]:
+    """Yield bad calls of an op that writes key and value: they share memory."""
+    names = ("keys", "values") if op == "compact_kv_" else ("key", "value")
+
+    def call(key: Tensor, value: Tensor) -> Arguments:
+        arguments = make_good(op, device)
+        for name, tensor in zip(names, (key, value), strict=True):
+            arguments[name] = [*arguments[name][:-1], tensor] if name.endswith("s") else tensor
+        return arguments
+
+    def make(length: int = SIZES.kv_len) -> Tensor:
+        return torch.randn(
+            SIZES.batch_size, SIZES.num_kv_heads, length, SIZES.head_dim, device=device
+        )
+
+    whole = make(SIZES.kv_len + 1)
+    yield "same", call(whole[:, :, :-1], whole[:, :, :-1])
+    yield "shifted", call(whole[:, :, :-1], whole[:, :, 1:])
+    one_row = make(1).expand(-1, -1, SIZES.kv_len, -1)
+    yield "expanded", call(make(), one_row)
