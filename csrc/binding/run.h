@@ -10,6 +10,18 @@
 
 namespace kvevict {
 
+// Memory for the length of an op, from torch's allocator.
+class Workspace {
+ public:
+  Workspace(const Tensor& like, int64_t bytes) {
+    if (bytes > 0) tensor_ = new_empty(like, {bytes}, ScalarType::Byte);
+  }
+  void* data() const { return tensor_ ? tensor_->mutable_data_ptr() : nullptr; }
+
+ private:
+  std::optional<Tensor> tensor_;
+};
+
 template <typename Op, DeviceType device, typename Params>
 void run(const char* op, const Params& params, const Tensor& like) {
   if constexpr (device == DeviceType::CPU) {
@@ -18,12 +30,8 @@ void run(const char* op, const Params& params, const Tensor& like) {
     const int64_t most_items = *std::max_element(plan.num_items, plan.num_items + plan.num_phases);
     const int64_t bytes =
         plan.shared_bytes + std::min(num_threads, most_items) * plan.bytes_per_thread;
-    Tensor workspace;
-    std::byte* base = nullptr;
-    if (bytes > 0) {
-      workspace = new_empty(like, {bytes}, ScalarType::Byte);
-      base = static_cast<std::byte*>(workspace.mutable_data_ptr());
-    }
+    const Workspace workspace(like, bytes);
+    auto* base = static_cast<std::byte*>(workspace.data());
     for (int phase = 0; phase < plan.num_phases; ++phase) {
       const int64_t items = plan.num_items[phase];
       const int64_t chunks = std::min(num_threads, items);
@@ -46,7 +54,8 @@ void run(const char* op, const Params& params, const Tensor& like) {
     }
   } else {
     const torch::stable::accelerator::DeviceGuard guard(like.get_device_index());
-    check_launch(Op::launch_cuda(params, current_stream(like)), op);
+    const Workspace workspace(like, Op::cuda_workspace_bytes(params));
+    check_launch(Op::launch_cuda(params, workspace.data(), current_stream(like)), op);
   }
 }
 

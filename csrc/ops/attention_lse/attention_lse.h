@@ -22,7 +22,8 @@ struct AttentionLse {
   template <Isa isa>
   static void run_cpu(const AttentionLseParams& params, const CpuWork& work) noexcept;
 
-  static int launch_cuda(const AttentionLseParams& params, void* stream) noexcept;
+  static int64_t cuda_workspace_bytes(const AttentionLseParams& params);
+  static int launch_cuda(const AttentionLseParams& params, void* workspace, void* stream) noexcept;
 };
 
 }  // namespace kvevict

@@ -35,7 +35,9 @@ struct BroadcastIndices {
   template <Isa isa>
   static void run_cpu(const BroadcastIndicesParams& params, const CpuWork& work) noexcept;
 
-  static int launch_cuda(const BroadcastIndicesParams& params, void* stream) noexcept;
+  static int64_t cuda_workspace_bytes(const BroadcastIndicesParams& /*params*/) { return 0; }
+  static int launch_cuda(const BroadcastIndicesParams& params, void* workspace,
+                         void* stream) noexcept;
 };
 
 }  // namespace kvevict

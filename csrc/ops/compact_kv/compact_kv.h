@@ -19,7 +19,8 @@ struct CompactKv {
   template <Isa isa>
   static void run_cpu(const CompactKvParams& params, const CpuWork& work) noexcept;
 
-  static int launch_cuda(const CompactKvParams& params, void* stream) noexcept;
+  static int64_t cuda_workspace_bytes(const CompactKvParams& /*params*/) { return 0; }
+  static int launch_cuda(const CompactKvParams& params, void* workspace, void* stream) noexcept;
 };
 
 }  // namespace kvevict

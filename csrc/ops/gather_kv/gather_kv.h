@@ -20,7 +20,8 @@ struct GatherKv {
   template <Isa isa>
   static void run_cpu(const GatherKvParams& params, const CpuWork& work) noexcept;
 
-  static int launch_cuda(const GatherKvParams& params, void* stream) noexcept;
+  static int64_t cuda_workspace_bytes(const GatherKvParams& /*params*/) { return 0; }
+  static int launch_cuda(const GatherKvParams& params, void* workspace, void* stream) noexcept;
 };
 
 }  // namespace kvevict

@@ -24,7 +24,8 @@ struct Null {
   static void run_cpu(const NullParams& params, const CpuWork& work) noexcept;
 
   // Enqueues the kernels; returns a cudaError_t.
-  static int launch_cuda(const NullParams& params, void* stream) noexcept;
+  static int64_t cuda_workspace_bytes(const NullParams& /*params*/) { return 0; }
+  static int launch_cuda(const NullParams& params, void* workspace, void* stream) noexcept;
 };
 
 }  // namespace kvevict

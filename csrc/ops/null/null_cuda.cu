@@ -19,7 +19,7 @@ __global__ void null_kernel(const NullParams params) {
 
 }  // namespace
 
-int Null::launch_cuda(const NullParams& params, void* stream) noexcept {
+int Null::launch_cuda(const NullParams& params, void* /*workspace*/, void* stream) noexcept {
   const int64_t blocks = std::min((params.numel + kThreads - 1) / kThreads, kMaxBlocks);
   if (blocks == 0) return cudaSuccess;
   return launch(null_kernel, {dim3(static_cast<unsigned>(blocks)), dim3(kThreads)},

@@ -42,7 +42,9 @@ struct ScoreAndCompact {
   template <Isa isa>
   static void run_cpu(const ScoreAndCompactParams& params, const CpuWork& work) noexcept;
 
-  static int launch_cuda(const ScoreAndCompactParams& params, void* stream) noexcept;
+  static int64_t cuda_workspace_bytes(const ScoreAndCompactParams& /*params*/) { return 0; }
+  static int launch_cuda(const ScoreAndCompactParams& params, void* workspace,
+                         void* stream) noexcept;
 };
 
 }  // namespace kvevict

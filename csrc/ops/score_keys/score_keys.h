@@ -45,7 +45,8 @@ struct ScoreKeys {
   template <Isa isa>
   static void run_cpu(const ScoreKeysParams& params, const CpuWork& work) noexcept;
 
-  static int launch_cuda(const ScoreKeysParams& params, void* stream) noexcept;
+  static int64_t cuda_workspace_bytes(const ScoreKeysParams& params);
+  static int launch_cuda(const ScoreKeysParams& params, void* workspace, void* stream) noexcept;
 
   // How many parts the rows are split into where there are fewer scores than threads. A maximum of
   // maxima is exact, so the scores do not depend on it.

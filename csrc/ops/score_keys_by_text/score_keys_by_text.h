@@ -38,7 +38,9 @@ struct ScoreKeysByText {
   template <Isa isa>
   static void run_cpu(const ScoreKeysByTextParams& params, const CpuWork& work) noexcept;
 
-  static int launch_cuda(const ScoreKeysByTextParams& params, void* stream) noexcept;
+  static int64_t cuda_workspace_bytes(const ScoreKeysByTextParams& params);
+  static int launch_cuda(const ScoreKeysByTextParams& params, void* workspace,
+                         void* stream) noexcept;
 };
 
 }  // namespace kvevict

@@ -47,7 +47,8 @@ struct SelectTopk {
   template <Isa isa>
   static void run_cpu(const SelectTopkParams& params, const CpuWork& work) noexcept;
 
-  static int launch_cuda(const SelectTopkParams& params, void* stream) noexcept;
+  static int64_t cuda_workspace_bytes(const SelectTopkParams& params);
+  static int launch_cuda(const SelectTopkParams& params, void* workspace, void* stream) noexcept;
 };
 
 }  // namespace kvevict
