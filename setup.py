@@ -22,7 +22,9 @@ class CMakeBuild(build_ext):
         options = {name: value for name, value in os.environ.items() if name.startswith("KVEVICT_")}
         options["KVEVICT_VERSION"] = self.distribution.get_version()
         subprocess.check_call(
-            ["cmake", "-S", ROOT, "-B", build, "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release"]
+            # -U: options given once do not stick in the cache.
+            ["cmake", "-S", ROOT, "-B", build, "-G", "Ninja", "-U", "KVEVICT_*"]
+            + ["-DCMAKE_BUILD_TYPE=Release"]
             + [f"-DPython3_EXECUTABLE={sys.executable}", f"-DCMAKE_INSTALL_PREFIX={prefix}"]
             + [f"-D{name}={value}" for name, value in options.items()]
         )

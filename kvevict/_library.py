@@ -47,5 +47,5 @@ def build_info() -> dict[str, Any]:
     function = ctypes.CDLL(str(LIBRARY)).kvevict_build_info
     function.restype = ctypes.c_char_p
     info: dict[str, Any] = json.loads(function().decode())
-    info["cuda_archs"] = info["cuda_archs"].split(";") if info["cuda_archs"] else []
+    info["cuda_archs"] = info["cuda_archs"].split(",") if info["cuda_archs"] else []
     return info

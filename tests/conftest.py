@@ -11,6 +11,9 @@ from tests.support.backends import CPU, CUDA, Backend, available_backends
 hypothesis.settings.register_profile("kvevict", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("kvevict")
 
+# The tensors of tests are small: threads only cost. Tests of determinism choose their number.
+torch.set_num_threads(1)
+
 BACKENDS = available_backends()
 
 
@@ -47,7 +50,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         report.nodeid
         for reports in terminalreporter.stats.values()
         for report in reports
-        if ("cuda_twin", True) in getattr(report, "user_properties", [])
+        if isinstance(report, pytest.TestReport) and ("cuda_twin", True) in report.user_properties
     }
     if twins:
         terminalreporter.write_line(

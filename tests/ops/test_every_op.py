@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -92,13 +93,17 @@ def test_compile_with_inductor(backend: Backend, op: str) -> None:
 
 @every_sample
 def test_deterministic(backend: Backend, op: str, sample: str) -> None:
-    """The same bytes from run to run and for any number of threads."""
-    arguments = make_sample(op, sample, larger(backend.device))
-    expected = outcome(backend.op(op), arguments)
-    for count in (1, 2, 2, 3):
-        with num_threads(count):
-            actual = outcome(backend.op(op), arguments)
-        assert_same_bytes(actual, expected, f"{count} threads")
+    """The same bytes from run to run and for any number of threads, also more than sequences."""
+    sizes = larger(backend.device)
+    for arguments in (
+        make_sample(op, sample, sizes),
+        make_sample(op, sample, replace(sizes, batch_size=1, num_kv_heads=1)),
+    ):
+        expected = outcome(backend.op(op), arguments)
+        for count in (1, 2, 2, 5):
+            with num_threads(count):
+                actual = outcome(backend.op(op), arguments)
+            assert_same_bytes(actual, expected, f"{count} threads")
 
 
 @pytest.mark.parametrize(("op", "sample"), [name for name in NAMES if name[0] != "null"])

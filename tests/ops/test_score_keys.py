@@ -14,11 +14,11 @@ from tests.support.backends import Backend
 from tests.support.checks import assert_matches_oracle, assert_same_bytes
 from tests.support.samples import Arguments
 from tests.support.scoring import (
+    assert_padding_is_ignored,
     attention_arguments,
     every_extreme,
     extreme_inputs,
     shapes_and_dtypes,
-    spoil_padding,
 )
 from tests.support.shapes import Shape, make_rows
 
@@ -110,8 +110,7 @@ def test_more_rows_than_keys(backend: Backend) -> None:
 def test_padding_may_hold_anything(backend: Backend, statistic: int, head_reduction: int) -> None:
     arguments = attention_arguments(shapes.LEFT_PADDED, backend.device)
     arguments |= {"statistic": statistic, "head_reduction": head_reduction}
-    scores = backend.op(OP)(**arguments)
-    assert_same_bytes(backend.op(OP)(**spoil_padding(arguments)), scores)
+    scores = assert_padding_is_ignored(backend, OP, arguments)
     assert (scores.movedim(1, -1)[~arguments["key_mask"]] == 0).all()
 
 
@@ -131,3 +130,15 @@ def test_nan_is_not_hidden(backend: Backend) -> None:
     scores = backend.op(OP)(**arguments)
     assert scores[:, 2, :12].isnan().all()
     assert scores[:, [0, 1, 3]].isfinite().all()
+
+
+def test_offsets_of_64_bits(backend: Backend) -> None:
+    """Sequences more than 2**31 elements apart; only the pages in use are ever touched."""
+    arguments = attention_arguments(Shape("far", left_padding=(0, 2)), backend.device)
+    arguments |= {name: arguments[name].half() for name in ("query", "key")}
+    expected = backend.op(OP)(**arguments)
+    key = arguments["key"]
+    whole = torch.empty(2**31 + key.numel(), dtype=key.dtype, device=key.device)
+    far = whole.as_strided(key.shape, (2**31, *key.stride()[1:]))
+    far.copy_(key)
+    assert_same_bytes(backend.op(OP)(**{**arguments, "key": far}), expected)

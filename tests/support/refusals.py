@@ -119,6 +119,13 @@ def _rows(
         yield Refusal(op, case, argument, change, blamed or argument, reads_data, also)
 
 
+def _tensor(op: str, argument: str, wrong_dtype: torch.dtype, **cases: Change) -> Iterator[Refusal]:
+    """Yield what every tensor refuses, and more cases by name."""
+    name = str(wrong_dtype).removeprefix("torch.")
+    common = {"rank": drop(0), name: cast(wrong_dtype), "device": elsewhere}
+    yield from _rows(op, argument, common | cases)
+
+
 def _query_and_key(op: str) -> Iterator[Refusal]:
     yield from _rows(
         op,
@@ -146,63 +153,36 @@ def _query_and_key(op: str) -> Iterator[Refusal]:
             "head_dim": shorten(3),
         },
     )
-    yield from _rows(
-        op,
-        "key_mask",
-        {
-            "rank": drop(0),
-            "uint8": cast(torch.uint8),
-            "device": elsewhere,
-            "batch_size": shorten(0),
-            "kv_len": shorten(1),
-        },
-    )
+    yield from _tensor(op, "key_mask", torch.uint8, batch_size=shorten(0), kv_len=shorten(1))
     yield from _rows(op, "sm_scale", {"nan": to(float("nan")), "inf": to(float("inf"))})
 
 
 def _rows_that_vote(op: str) -> Iterator[Refusal]:
-    yield from _rows(
-        op,
-        "row_index",
-        {
-            "rank": drop(0),
-            "int64": cast(torch.int64),
-            "device": elsewhere,
-            "batch_size": shorten(0),
-        },
-    )
+    yield from _tensor(op, "row_index", torch.int64, batch_size=shorten(0))
     yield from _rows(
         op,
         "row_index",
         {"above": put(SIZES.qo_len, 1, 2), "below": put(-2, 0, 0)},
         reads_data=True,
     )
-    yield from _rows(
+    yield from _tensor(
         op,
         "softmax_lse",
-        {
-            "rank": drop(0),
-            "float64": cast(torch.float64),
-            "device": elsewhere,
-            "batch_size": shorten(0),
-            "heads": shorten(1),
-            "qo_len": shorten(2),
-        },
+        torch.float64,
+        batch_size=shorten(0),
+        heads=shorten(1),
+        qo_len=shorten(2),
     )
 
 
 def _weights(op: str) -> Iterator[Refusal]:
-    yield from _rows(
+    yield from _tensor(
         op,
         "row_weight",
-        {
-            "rank": drop(0),
-            "float64": cast(torch.float64),
-            "device": elsewhere,
-            "batch_size": shorten(0),
-            "num_rows": shorten(1),
-            "heads": lambda weight: weight[:, None].repeat(1, SIZES.num_kv_heads, 1),
-        },
+        torch.float64,
+        batch_size=shorten(0),
+        num_rows=shorten(1),
+        heads=lambda weight: weight[:, None].repeat(1, SIZES.num_kv_heads, 1),
     )
     yield from _rows(
         op,
@@ -217,18 +197,14 @@ def _weights(op: str) -> Iterator[Refusal]:
 
 
 def _priorities(op: str) -> Iterator[Refusal]:
-    yield from _rows(
+    yield from _tensor(
         op,
         "priority",
-        {
-            "rank": drop(0),
-            "int8": cast(torch.int8),
-            "bool": cast(torch.bool),
-            "device": elsewhere,
-            "batch_size": shorten(0),
-            "kv_len": shorten(1),
-            "heads": lambda priority: priority[:, None].repeat(1, SIZES.num_kv_heads + 1, 1),
-        },
+        torch.int8,
+        bool=cast(torch.bool),
+        batch_size=shorten(0),
+        kv_len=shorten(1),
+        heads=lambda priority: priority[:, None].repeat(1, SIZES.num_kv_heads + 1, 1),
     )
 
 
@@ -244,17 +220,13 @@ def _index_lists(op: str) -> Iterator[Refusal]:
             "heads": lengthen(2),
         },
     )
-    yield from _rows(
+    yield from _tensor(
         op,
         "kept_lens",
-        {
-            "rank": drop(0),
-            "int64": cast(torch.int64),
-            "device": elsewhere,
-            "layers": lengthen(0),
-            "batch_size": shorten(1),
-            "heads": lengthen(2),
-        },
+        torch.int64,
+        layers=lengthen(0),
+        batch_size=shorten(1),
+        heads=lengthen(2),
     )
     yield from _rows(
         op,
@@ -328,17 +300,7 @@ def _select_topk() -> Iterator[Refusal]:
         {"rank": drop(0), "float16": cast(torch.float16), "float64": cast(torch.float64)},
     )
     yield from _rows(op, "k", {"negative": to(-1)})
-    yield from _rows(
-        op,
-        "row_k",
-        {
-            "rank": drop(0),
-            "int64": cast(torch.int64),
-            "device": elsewhere,
-            "batch_size": shorten(0),
-            "heads": shorten(1),
-        },
-    )
+    yield from _tensor(op, "row_k", torch.int64, batch_size=shorten(0), heads=shorten(1))
     yield from _rows(
         op, "row_k", {"negative": put(-1, 0, 1), "above_k": put(SIZES.k + 1, 1, 0)}, reads_data=True
     )
@@ -350,29 +312,15 @@ def _broadcast_indices() -> Iterator[Refusal]:
     yield from _index_lists(op)
     yield from _rows(op, "num_layers", {"negative": to(-1)})
     yield from _rows(op, "num_kv_heads", {"negative": to(-1)})
-    yield from _rows(
+    yield from _tensor(
         op,
         "base_indices",
-        {
-            "rank": drop(0),
-            "int64": cast(torch.int64),
-            "device": elsewhere,
-            "layers": lambda base: base.repeat(SIZES.num_layers + 1, 1, 1, 1),
-            "batch_size": shorten(1),
-            "heads": lengthen(2),
-        },
+        torch.int64,
+        layers=lambda base: base.repeat(SIZES.num_layers + 1, 1, 1, 1),
+        batch_size=shorten(1),
+        heads=lengthen(2),
     )
-    yield from _rows(
-        op,
-        "block_tables",
-        {
-            "rank": drop(0),
-            "int64": cast(torch.int64),
-            "device": elsewhere,
-            "layers": lengthen(0),
-            "batch_size": shorten(1),
-        },
-    )
+    yield from _tensor(op, "block_tables", torch.int64, layers=lengthen(0), batch_size=shorten(1))
     yield from _rows(op, "page_size", {"zero": to(0), "negative": to(-1)})
     yield from _rows(
         op,
@@ -396,18 +344,14 @@ def _score_and_compact() -> Iterator[Refusal]:
     yield from _rows_that_vote(op)
     yield from _weights(op)
     yield from _priorities(op)
-    yield from _rows(
+    yield from _tensor(
         op,
         "value",
-        {
-            "rank": drop(0),
-            "complex128": cast(torch.complex128),
-            "device": elsewhere,
-            "strided": spread,
-            "batch_size": shorten(0),
-            "heads": shorten(1),
-            "kv_len": shorten(2),
-        },
+        torch.complex128,
+        strided=spread,
+        batch_size=shorten(0),
+        heads=shorten(1),
+        kv_len=shorten(2),
     )
     yield from _rows(op, "budget", {"negative": to(-1)})
     yield from _rows(op, "pool_kernel", {"even": to(2), "zero": to(0), "negative": to(-3)})

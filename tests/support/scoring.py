@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from tests.support import shapes
+from tests.support.backends import Backend
+from tests.support.checks import assert_same_bytes
 from tests.support.samples import Arguments
 from tests.support.shapes import Shape
 
@@ -18,6 +22,7 @@ SHAPES_AND_DTYPES = [
         for dtype in LOW_PRECISION
     ),
 ]
+every_padded_shape = pytest.mark.parametrize("shape", shapes.PADDED, ids=str)
 shapes_and_dtypes = pytest.mark.parametrize(("shape", "dtype"), SHAPES_AND_DTYPES, ids=str)
 
 
@@ -35,6 +40,13 @@ def spoil_padding(arguments: Arguments) -> Arguments:
     query[..., ::2].masked_fill_(~query_mask[:, None, :, None], torch.nan)
     key = key.masked_fill(~mask[:, None, :, None], torch.nan)
     return {**arguments, "query": query, "key": key}
+
+
+def assert_padding_is_ignored(backend: Backend, op: str, arguments: Arguments) -> Any:
+    """Assert that padding may hold anything, bit for bit; return what the op returns."""
+    expected = backend.op(op)(**arguments)
+    assert_same_bytes(backend.op(op)(**spoil_padding(arguments)), expected)
+    return expected
 
 
 def extreme_inputs(device: str) -> dict[str, Arguments]:

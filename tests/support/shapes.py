@@ -49,11 +49,12 @@ LEFT_PADDED = Shape("left_padded", 3, qo_len=150, kv_len=150, left_padding=(0, 7
 HOLES = Shape("holes", hole_every=3)
 ALL_PADDED = Shape("all_padded", left_padding=(21, 2))
 LONG = Shape("long", 1, 4, 2, 70, 1030, 64)
+VERY_LONG = Shape("very_long", 1, 2, 1, 200, 9001, 8)
 BATCH_0 = Shape("batch_0", 0)
 KV_LEN_0 = Shape("kv_len_0", qo_len=0, kv_len=0)
 QO_LEN_0 = Shape("qo_len_0", qo_len=0)
 
-REGULAR = (SMALLEST, ODD, GROUP_1, GROUP_4, GROUP_7, GROUP_8, WIDEST, UNEVEN_DIM, LONG)
+REGULAR = (SMALLEST, ODD, GROUP_1, GROUP_4, GROUP_7, GROUP_8, WIDEST, UNEVEN_DIM, LONG, VERY_LONG)
 LAYOUTS = (TRANSPOSED, SLICED)
 PADDED = (LEFT_PADDED, ALL_PADDED, HOLES)
 EMPTY = (BATCH_0, KV_LEN_0, QO_LEN_0)

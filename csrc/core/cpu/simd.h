@@ -95,12 +95,13 @@ inline Vec exp2(Vec t) {
   t = t > 128.0f ? broadcast(128.0f) : t;
   const Vec shifted = t + kRound;
   const Vec r = t - (shifted - kRound);
-  Vec p = broadcast(1.3276472632e-3f);  // minimax on [-1/2, 1/2], relative error 7.5e-8
-  p = p * r + 9.67554134312e-3f;
-  p = p * r + 5.55071327186e-2f;
-  p = p * r + 2.40221197237e-1f;
-  p = p * r + 6.93146967065e-1f;
-  p = p * r + 1.00000007165f;
+  Vec p = broadcast(0x1.4855c4p-13f);  // minimax on [-1/2, 1/2] with p(0) = 1, error 1.1e-8
+  p = p * r + 0x1.5fd0eep-10f;
+  p = p * r + 0x1.3b243cp-7f;
+  p = p * r + 0x1.c6ad7ep-5f;
+  p = p * r + 0x1.ebfbe4p-3f;
+  p = p * r + 0x1.62e432p-1f;
+  p = p * r + 1.0f;
   const Vec result = bit_cast<Vec>(bit_cast<UintVec>(p) + (bit_cast<UintVec>(shifted) << 23));
   return t < -125.0f ? Vec{} : result;
 }

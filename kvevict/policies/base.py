@@ -1,0 +1,365 @@
+"""What every eviction policy shares: score -> budget -> select -> compact.
+
+A policy never sees a framework. An engine (the transformers integration is one, `evict_prompt`
+below is the smallest) hands it the tensors of one layer at a time and gets back which keys stay:
+
+1. `row_index(prompt)`: which query rows the policy wants to look at;
+2. `observe(query, key, value, prompt, row_index)`: the scores of one layer, O(kv_len) of state;
+3. `budgets(layers)`: how many keys each layer and sequence may keep, once all layers are known;
+4. `select(layer, budget, k)`: the kept keys of one layer.
+
+These four are `PrefillPolicy`, the protocol of methods that decide after the prompt. Methods that
+act between layers or while decoding get protocols of their own beside it.
+
+Budgets count every kept key: sinks, recent window, text and vision alike are inside `keep`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from numbers import Integral, Real
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from kvevict import ops
+from kvevict.priority import build_priority
+
+TEXT, IMAGE, VIDEO, AUDIO = 0, 1, 2, 3
+"""Codes of `Prompt.modality`, as transformers' `mm_token_type_ids` has them."""
+
+
+@dataclass(frozen=True, eq=False)
+class Prompt:
+    """What is known about the stored keys, for all heads of a layer.
+
+    Attributes:
+        modality: [batch_size, kv_len] int8, one of `TEXT`, `IMAGE`, `VIDEO`, `AUDIO`.
+        key_mask: [batch_size, kv_len] bool, False = padding or an empty slot; None = all real.
+        qo_len: the number of query rows; row i stands at key `kv_len - qo_len + i`. None = kv_len.
+        total_lens: [batch_size] int64, the real tokens of the conversation so far. It exceeds the
+            real keys where an earlier turn was evicted; a ratio `keep` refers to it. None = the
+            number of real keys.
+    """
+
+    modality: Tensor
+    key_mask: Tensor | None = None
+    qo_len: int | None = None
+    total_lens: Tensor | None = None
+
+    @property
+    def kv_len(self) -> int:
+        """Number of key slots, padding included."""
+        return self.modality.shape[1]
+
+    @property
+    def num_queries(self) -> int:
+        """Number of query rows."""
+        return self.kv_len if self.qo_len is None else self.qo_len
+
+    @cached_property
+    def valid(self) -> Tensor:
+        """[batch_size, kv_len] bool: real keys."""
+        if self.key_mask is None:
+            return torch.ones_like(self.modality, dtype=torch.bool)
+        return self.key_mask
+
+    @cached_property
+    def lens(self) -> Tensor:
+        """[batch_size] int64: number of real keys."""
+        return self.valid.sum(1)
+
+    @cached_property
+    def totals(self) -> Tensor:
+        """[batch_size] int64: real tokens of the conversation, evicted ones included."""
+        return self.lens if self.total_lens is None else self.total_lens
+
+    @cached_property
+    def is_vision(self) -> Tensor:
+        """[batch_size, kv_len] bool: real image and video keys."""
+        return ((self.modality == IMAGE) | (self.modality == VIDEO)) & self.valid
+
+    @cached_property
+    def rank_from_start(self) -> Tensor:
+        """[batch_size, kv_len] int64: how many real keys come before this one."""
+        return self.valid.cumsum(1) - self.valid.long()
+
+    @cached_property
+    def rank_from_end(self) -> Tensor:
+        """[batch_size, kv_len] int64: how many real keys come after this one."""
+        return self.lens[:, None] - self.rank_from_start - self.valid.long()
+
+    def rows_of(self, keys: Tensor) -> Tensor:
+        """Turn a mask over keys [batch_size, kv_len] into a list of the query rows it marks.
+
+        Returns:
+            [batch_size, num_rows] int32, ascending, -1 beyond a sequence's own rows; num_rows is
+            the largest count of the batch (reading it synchronizes with the device).
+        """
+        rows = keys[:, self.kv_len - self.num_queries :]
+        num_rows = int(rows.sum(1).max()) if rows.numel() else 0
+        index = torch.arange(rows.shape[1], device=rows.device).expand_as(rows)
+        ascending = index.where(rows, rows.shape[1]).sort(1).values[:, :num_rows]
+        return ascending.where(ascending < rows.shape[1], -1).int()
+
+
+@dataclass(frozen=True, eq=False)
+class LayerScores:
+    """What a policy remembers of one layer until all layers have run.
+
+    Attributes:
+        scores: [batch_size, 1 | num_kv_heads, kv_len] float32, higher is kept first.
+        prompt: the keys the scores belong to.
+        mass: [batch_size] float32, what the layer's share of the total budget is taken from.
+    """
+
+    scores: Tensor
+    prompt: Prompt
+    mass: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Selection:
+    """The keys that stay in one layer.
+
+    Attributes:
+        kept_indices: [batch_size, 1 | num_kv_heads, k] int32, ascending, -1 beyond kept_lens.
+        kept_lens: [batch_size, 1 | num_kv_heads] int32.
+        keeps_all: every key slot stays, there is nothing to move.
+        ragged: some list is shorter than k, so the compacted cache has empty slots at its end.
+    """
+
+    kept_indices: Tensor
+    kept_lens: Tensor
+    keeps_all: bool = False
+    ragged: bool = False
+
+
+@runtime_checkable
+class PrefillPolicy(Protocol):
+    """Decides once, after the prompt went through all layers."""
+
+    def row_index(self, prompt: Prompt) -> Tensor | None:
+        """Return the query rows to observe [batch_size, num_rows] int32, -1 = none; None = all."""
+        ...
+
+    def observe(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        prompt: Prompt,
+        row_index: Tensor | None,
+        *,
+        sm_scale: float | None = None,
+        softmax_lse: Tensor | None = None,
+    ) -> LayerScores:
+        """Score the keys of one layer.
+
+        Args:
+            query: [batch_size, num_qo_heads, qo_len, head_dim], as attention uses it (rotated).
+            key: [batch_size, num_kv_heads, kv_len, head_dim], as cached.
+            value: like key.
+            prompt: what the keys are.
+            row_index: the result of `self.row_index(prompt)`.
+            sm_scale: the scale of the logits; None = 1 / sqrt(head_dim).
+            softmax_lse: [batch_size, num_qo_heads, qo_len] float32, if the engine has it.
+        """
+        ...
+
+    def budgets(self, layers: Sequence[LayerScores]) -> Tensor:
+        """Return how many keys stay [num_layers, batch_size] int64."""
+        ...
+
+    def select(self, layer: LayerScores, budget: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Choose the keys of one layer.
+
+        Args:
+            layer: its scores.
+            budget: [batch_size] int64, this layer's row of `budgets`, at most the real keys.
+            k: the largest of them.
+
+        Returns:
+            kept_indices [batch_size, 1 | num_kv_heads, k] int32 and kept_lens, its shape without k.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Fields and defaults that policies share; subclasses are frozen dataclasses.
+
+    Attributes:
+        keep: how much of the prompt stays: a float is a ratio of the real tokens, an int a number
+            of tokens per layer. 1.0 or more, or at least the prompt's length, evicts nothing.
+        num_sink: the first tokens of every sequence stay in every layer and KV head, counted
+            inside `keep`.
+
+    Raises:
+        ValueError: if `keep` is not positive or not a number, or a count is negative.
+    """
+
+    keep: float | int
+    num_sink: int = 4
+
+    def __post_init__(self) -> None:
+        if isinstance(self.keep, bool) or not isinstance(self.keep, Real) or not self.keep > 0:
+            raise ValueError(
+                f"{type(self).__name__}: keep must be a positive ratio (float) or number of tokens "
+                f"(int), got {self.keep!r}"
+            )
+        self._require_count("num_sink", minimum=0)
+
+    def _require_count(self, name: str, *, minimum: int) -> None:
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, Integral) or value < minimum:
+            raise ValueError(
+                f"{type(self).__name__}: {name} must be an int of at least {minimum}, got {value!r}"
+            )
+
+    def keep_ratio(self, prompt: Prompt) -> Tensor:
+        """Return `keep` as a ratio of each sequence's tokens [batch_size] float64, at most 1."""
+        totals = prompt.totals.double()
+        if isinstance(self.keep, Integral):
+            return (float(self.keep) / totals.clamp(min=1)).clamp(max=1.0)
+        return torch.full_like(totals, min(float(self.keep), 1.0))
+
+    def keep_tokens(self, prompt: Prompt) -> Tensor:
+        """Return `keep` as a number of tokens per sequence [batch_size] int64, rounded down.
+
+        At least 1, and at most the real keys.
+        """
+        totals = prompt.totals
+        if isinstance(self.keep, Integral):
+            tokens = torch.full_like(totals, int(self.keep))
+        else:
+            # The nudge keeps 0.29 * 100 at 29.
+            tokens = (totals.double() * min(float(self.keep), 1.0) + 1e-6).long()
+        return torch.minimum(tokens.clamp(min=1), prompt.lens)
+
+    def budgets(self, layers: Sequence[LayerScores]) -> Tensor:
+        """Give every layer the same number of tokens [num_layers, batch_size] int64."""
+        return torch.stack([self.keep_tokens(layer.prompt) for layer in layers])
+
+    def priority(self, prompt: Prompt, budget: Tensor) -> Tensor:
+        """Return the class of every key [batch_size, kv_len] uint8, as `build_priority` does.
+
+        Args:
+            prompt: the keys.
+            budget: [batch_size] int64, for policies whose protected sets depend on it.
+        """
+        return build_priority(prompt.valid, num_sink=self.num_sink)
+
+    def ranking(self, layer: LayerScores, priority: Tensor) -> Tensor:
+        """Return the scores that select inside a class, `layer.scores` unless overridden."""
+        return layer.scores
+
+    def select(self, layer: LayerScores, budget: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Keep the best `budget` keys by (priority, score); see `PrefillPolicy.select`."""
+        priority = self.priority(layer.prompt, budget)
+        scores = self.ranking(layer, priority)
+        row_k = budget.to(torch.int32)[:, None].expand(-1, scores.shape[1]).contiguous()
+        return ops.select_topk(scores, k, row_k=row_k, priority=priority)
+
+
+def select_layers(
+    policy: PrefillPolicy, layers: Sequence[LayerScores]
+) -> tuple[Selection, ...] | None:
+    """Turn the scores of all layers into the keys that stay.
+
+    Returns:
+        One `Selection` per layer, or None where nothing at all is evicted: the cache then stays as
+        it is, padding included. Reading the budgets synchronizes with the device, once.
+    """
+    if not layers:
+        return None
+    lens = torch.stack([layer.prompt.lens for layer in layers])
+    budgets = torch.minimum(policy.budgets(layers).to(lens.device, torch.int64), lens)
+    if budgets.numel() == 0:
+        return None
+    most, least, evicts = torch.stack(
+        [budgets.amax(1), budgets.amin(1), (budgets < lens).any(1).long()]
+    ).tolist()
+    if not any(evicts):
+        return None
+    selections = []
+    for layer, budget, k, fewest in zip(layers, budgets, most, least, strict=True):
+        kept_indices, kept_lens = policy.select(layer, budget, k)
+        selections.append(
+            Selection(
+                kept_indices,
+                kept_lens,
+                keeps_all=fewest == layer.prompt.kv_len,
+                ragged=fewest < k,
+            )
+        )
+    return tuple(selections)
+
+
+def compact_layers(
+    keys: Sequence[Tensor], values: Sequence[Tensor], selections: Sequence[Selection]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Copy the kept keys and values of all layers into fresh, exactly sized tensors.
+
+    One `gather_kv` call per distinct k: layers with different budgets get tensors of different
+    lengths. A layer that keeps everything is returned as it is.
+
+    Args:
+        keys: one [batch_size, num_kv_heads, kv_len, head_dim] per layer.
+        values: like keys.
+        selections: one per layer.
+    """
+    kept_keys, kept_values = list(keys), list(values)
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for i, selection in enumerate(selections):
+        if not selection.keeps_all:
+            shape = (*selection.kept_indices.shape, *keys[i].shape)
+            groups.setdefault(shape, []).append(i)
+    for members in groups.values():
+        new_keys, new_values = ops.gather_kv(
+            [keys[i] for i in members],
+            [values[i] for i in members],
+            torch.stack([selections[i].kept_indices for i in members]),
+            torch.stack([selections[i].kept_lens for i in members]),
+        )
+        for i, new_key, new_value in zip(members, new_keys, new_values, strict=True):
+            kept_keys[i], kept_values[i] = new_key, new_value
+    return kept_keys, kept_values
+
+
+def evict_prompt(
+    policy: PrefillPolicy,
+    queries: Sequence[Tensor],
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    prompt: Prompt,
+    *,
+    sm_scale: float | None = None,
+) -> tuple[list[Tensor], list[Tensor], tuple[Selection, ...] | None]:
+    """Run a policy over a prompt whose tensors are all at hand.
+
+    Args:
+        policy: what to keep.
+        queries: one [batch_size, num_qo_heads, qo_len, head_dim] per layer.
+        keys: one [batch_size, num_kv_heads, kv_len, head_dim] per layer.
+        values: like keys.
+        prompt: what the keys are.
+        sm_scale: the scale of the logits; None = 1 / sqrt(head_dim).
+
+    Returns:
+        The kept keys and values per layer, and the selections (None: nothing was evicted, the
+        tensors are the ones given).
+    """
+    prompt = replace(prompt, qo_len=queries[0].shape[2]) if queries else prompt
+    row_index = policy.row_index(prompt)
+    layers = [
+        policy.observe(query, key, value, prompt, row_index, sm_scale=sm_scale)
+        for query, key, value in zip(queries, keys, values, strict=True)
+    ]
+    selections = select_layers(policy, layers)
+    if selections is None:
+        return list(keys), list(values), None
+    return *compact_layers(keys, values, selections), selections

@@ -1,0 +1,190 @@
+"""TGV-KV: text-grounded eviction for vision-language models (arXiv 2606.03075, ICML 2026)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from kvevict import ops
+from kvevict.ops.enums import HeadReduction
+from kvevict.policies.base import TEXT, LayerScores, Policy, Prompt
+from kvevict.priority import build_priority
+
+
+@dataclass(frozen=True)
+class TGVKV(Policy):
+    r"""Text decides: which layers get the budget, which vision keys stay, and text stays first.
+
+    Let t be the T text rows after the last vision token, v the vision keys, A the attention of a
+    layer averaged over all its query heads. Then, per sequence:
+
+    - TVB, the layer budgets: $m_l = \sum_{i \in t} \sum_{j \in v} A_l[i,j]$, and layer l keeps
+      $f_l = L \cdot keep \cdot m_l / \sum m$ of the N prompt tokens;
+    - TWR, the vision scores: $s[j] = \sum_{i \in t} w_i A[i,j]$, where $w_i$ is the mean attention
+      that text key i gets from the text rows that can see it;
+    - TPR, the order: every text key goes before every vision key; text keys are ranked by their
+      column sum. It is a priority class, not a constant added to a score.
+
+    One list per layer and sequence, shared by all heads. All budgets are inside `keep`: layer l
+    keeps exactly `num_sink + num_recent + max(0, N - num_sink - num_recent - drop_l)` tokens,
+    `drop_l = max(0, round_half_even(N * (1 - f_l)))`. So the forced tokens stay even where a
+    layer's share is smaller, and a layer that would get more than N keeps N.
+
+    Defined here where the paper and its code are silent:
+
+    - a sequence with no text after its vision has no rows t: every row votes, plain column sums
+      rank the keys, and the layers share evenly;
+    - a text-only sequence is left whole, as the released code does, and so is one of which less
+      than one whole token would go;
+    - several images, video spans and separators between them: "vision" is the modality of each
+      token, never a contiguous span;
+    - everything is per sequence; padding neither votes nor stays.
+
+    Decoding appends; nothing is evicted after the prompt (the paper's description; the released
+    code also drops a token per step).
+
+    Attributes:
+        keep: ratio of the prompt (float) or tokens per layer on average (int).
+        num_sink: first tokens that always stay, whatever their modality (4 in the released code).
+        num_recent: last tokens that always stay (1 in the released code).
+        text_score: rows behind the column sums of text keys: "paper" the rows t, "released" all
+            rows (differs for text before the vision; one O(kv_len^2) scoring pass per layer).
+        redistribute: give what layers with f_l > 1 cannot use to the others, in proportion to
+            their mass (water filling). Off in the paper and in its code, where it is lost.
+    """
+
+    num_recent: int = 1
+    text_score: Literal["paper", "released"] = "paper"
+    redistribute: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require_count("num_recent", minimum=0)
+        if self.text_score not in ("paper", "released"):
+            raise ValueError(
+                f"TGVKV: text_score must be 'paper' or 'released', got {self.text_score!r}"
+            )
+
+    def row_index(self, prompt: Prompt) -> Tensor:
+        """Return the text rows after the last vision token; all rows where there are none."""
+        trailing = _trailing_text(prompt)
+        every_row = prompt.valid & _lacks_trailing_text(prompt, trailing)[:, None]
+        return prompt.rows_of(trailing | every_row)
+
+    def observe(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        prompt: Prompt,
+        row_index: Tensor | None,
+        *,
+        sm_scale: float | None = None,
+        softmax_lse: Tensor | None = None,
+    ) -> LayerScores:
+        """Compute the TWR scores of vision keys, the column sums of text keys and the mass m_l."""
+        rows = self.row_index(prompt) if row_index is None else row_index
+        weighted, column_sums, _ = ops.score_keys_by_text(
+            query,
+            key,
+            rows,
+            softmax_lse=softmax_lse,
+            key_mask=prompt.key_mask,
+            sm_scale=sm_scale,
+        )
+        text_scores = column_sums
+        if self.text_score == "released":
+            text_scores = ops.score_keys(
+                query,
+                key,
+                softmax_lse=softmax_lse,
+                key_mask=prompt.key_mask,
+                sm_scale=sm_scale,
+                head_reduction=HeadReduction.ALL_MEAN,
+            )
+        fallback = _lacks_trailing_text(prompt, _trailing_text(prompt))
+        vision_scores = column_sums.where(fallback[:, None, None], weighted)
+        vision_mass = (column_sums[:, 0] * prompt.is_vision).sum(1)
+        return LayerScores(
+            scores=vision_scores.where(prompt.is_vision[:, None], text_scores),
+            prompt=prompt,
+            mass=vision_mass.masked_fill(fallback, 0.0),
+        )
+
+    def budgets(self, layers: Sequence[LayerScores]) -> Tensor:
+        """Share the budget by the attention that text pays to vision (TVB), in float64."""
+        lens = torch.stack([layer.prompt.lens for layer in layers]).double()
+        totals = torch.stack([layer.prompt.totals for layer in layers]).double()
+        ratio = torch.stack([self.keep_ratio(layer.prompt) for layer in layers])
+        share = _shares(layers)
+        # The fraction of its keys that layer l keeps; totals / lens is 1 on a fresh prompt.
+        stored = totals / lens.clamp(min=1)
+        fraction = len(layers) * ratio * share * stored
+        if self.redistribute:
+            fraction = _fill(fraction, share * stored)
+        drop = (lens * (1 - fraction)).round().clamp(min=0)
+        forced = lens.clamp(max=float(self.num_sink + self.num_recent))
+        kept = forced + (lens - forced - drop).clamp(min=0)
+
+        text_only = torch.stack([~layer.prompt.is_vision.any(1) for layer in layers])
+        nothing_to_drop = lens - totals * ratio < 1 - 1e-9
+        return kept.where(~(text_only | nothing_to_drop), lens).long()
+
+    def priority(self, prompt: Prompt, budget: Tensor) -> Tensor:
+        """Return the classes: padding, vision, text, sinks and recent tokens, in rising order."""
+        return build_priority(
+            prompt.valid,
+            num_sink=self.num_sink,
+            num_recent=self.num_recent,
+            preferred=~prompt.is_vision,
+        )
+
+
+def _trailing_text(prompt: Prompt) -> Tensor:
+    """Return the query rows that are text after the last vision key [batch_size, kv_len] bool."""
+    vision_from_here = prompt.is_vision.flip(1).cumsum(1).flip(1)
+    position = torch.arange(prompt.kv_len, device=prompt.modality.device)
+    is_query = position >= prompt.kv_len - prompt.num_queries
+    text = prompt.valid & (prompt.modality == TEXT) & is_query
+    return text & (vision_from_here == 0) & prompt.is_vision.any(1, keepdim=True)
+
+
+def _lacks_trailing_text(prompt: Prompt, trailing: Tensor) -> Tensor:
+    """Return the sequences with vision but without text rows after it [batch_size] bool."""
+    return prompt.is_vision.any(1) & ~trailing.any(1)
+
+
+def _shares(layers: Sequence[LayerScores]) -> Tensor:
+    """Return each layer's share of the mass [num_layers, batch_size] float64, sums to 1."""
+    mass = torch.stack(
+        [
+            torch.zeros(layer.scores.shape[0], device=layer.scores.device)
+            if layer.mass is None
+            else layer.mass
+            for layer in layers
+        ]
+    ).double()
+    total = mass.sum(0)
+    even = torch.full_like(mass, 1 / len(layers))
+    return (mass / total.where(total > 0, 1.0)).where(total > 0, even)
+
+
+def _fill(fraction: Tensor, share: Tensor) -> Tensor:
+    """Move what exceeds 1 to the other layers, by share, until no layer exceeds 1 or all are full.
+
+    Both [num_layers, batch_size] float64. The sum over layers is kept where it is at most
+    num_layers. At least one layer per round becomes full, so num_layers rounds are enough.
+    """
+    total = fraction.sum(0)
+    full = torch.zeros_like(fraction, dtype=torch.bool)
+    for _ in range(fraction.shape[0]):
+        full = full | (fraction > 1)
+        rest = share.masked_fill(full, 0.0)
+        left = (total - full.sum(0)).clamp(min=0)
+        filled = left * rest / rest.sum(0).clamp(min=torch.finfo(torch.float64).tiny)
+        fraction = filled.masked_fill(full, 1.0)
+    return fraction

@@ -1,0 +1,82 @@
+"""Plain attention that keeps the whole cache and masks what should have been evicted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+NAME = "kvevict_masked_reference"
+
+
+class MaskedReference:
+    """What a model must compute when columns are evicted after `prompt_len` rows.
+
+    `kept` maps a layer to [batch_size, 1 | num_kv_heads, prompt_len] bool. Without it the
+    reference is ordinary attention. It records the query, key and value of every forward of more
+    than one row: `recorded[layer][turn]`.
+    """
+
+    def __init__(self, prompt_len: int, kept: dict[int, Tensor] | None = None) -> None:
+        self.prompt_len = prompt_len
+        self.kept = kept or {}
+        self.recorded: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {}
+
+    def attend(
+        self,
+        module: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        scaling: float,
+        **_: Any,
+    ) -> tuple[Tensor, None]:
+        """Attend eagerly in float32."""
+        if query.shape[2] > 1:
+            self.recorded.setdefault(module.layer_idx, []).append((query, key, value))
+        batch_size, num_qo_heads, qo_len, _ = query.shape
+        kv_len, group_size = key.shape[2], num_qo_heads // key.shape[1]
+        row = torch.arange(kv_len - qo_len, kv_len)[:, None]
+        visible = (torch.arange(kv_len) <= row).expand(batch_size, num_qo_heads, -1, -1).clone()
+        if mask is not None:
+            visible &= mask[:, None, None].bool()
+        kept = self.kept.get(module.layer_idx)
+        if kept is not None:
+            per_head = kept.repeat_interleave(num_qo_heads // kept.shape[1], 1)[:, :, None]
+            per_head = per_head.repeat_interleave(batch_size // per_head.shape[0], 0)
+            prompt = visible[..., : self.prompt_len]
+            prompt &= per_head | (row < self.prompt_len)
+        visible |= ~visible.any(-1, keepdim=True)
+        logits = query.float() @ key.float().repeat_interleave(group_size, 1).mT * scaling
+        weights = logits.masked_fill(~visible, -torch.inf).softmax(-1)
+        output = weights @ value.float().repeat_interleave(group_size, 1)
+        return output.transpose(1, 2).to(query.dtype).contiguous(), None
+
+
+@contextmanager
+def masked_reference(
+    model: Any, prompt_len: int, kept: dict[int, Tensor] | None = None
+) -> Iterator[MaskedReference]:
+    """Run a model on the reference."""
+    reference = MaskedReference(prompt_len, kept)
+    ALL_ATTENTION_FUNCTIONS.register(NAME, reference.attend)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, lambda **kwargs: kwargs["attention_mask"])
+    multimodal = hasattr(model.config, "text_config")
+    model.set_attn_implementation({"text_config": NAME} if multimodal else NAME)
+    try:
+        yield reference
+    finally:
+        model.set_attn_implementation({"text_config": "sdpa"} if multimodal else "sdpa")
+
+
+def kept_mask(kept_indices: Tensor, prompt_len: int) -> Tensor:
+    """Turn padded index lists [..., k] into masks [..., prompt_len]."""
+    mask = torch.zeros(*kept_indices.shape[:-1], prompt_len + 1, dtype=torch.bool)
+    mask.scatter_(-1, kept_indices.where(kept_indices >= 0, prompt_len).long(), True)
+    return mask[..., :prompt_len]

@@ -1,0 +1,1 @@
+"""Tests of what is shipped: the library's symbols, the wheel, the import."""
