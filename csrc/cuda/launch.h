@@ -15,6 +15,13 @@ struct LaunchShape {
 template <typename... KernelArgs, typename... Args>
 cudaError_t launch(void (*kernel)(KernelArgs...), const LaunchShape& shape, cudaStream_t stream,
                    Args&&... args) {
+  constexpr unsigned kDefaultShared = 48 << 10;
+  if (shape.shared_bytes > kDefaultShared) {
+    const cudaError_t error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             static_cast<int>(shape.shared_bytes));
+    if (error != cudaSuccess) return error;
+  }
   cudaLaunchConfig_t config = {};
   config.gridDim = shape.grid;
   config.blockDim = shape.block;

@@ -1,0 +1,462 @@
+// SPDX-License-Identifier: Apache-2.0
+// The two passes of scoring, on the tiles of mma_tiles.h: rows of the attention matrix give
+// log-sum-exps (queries resident, keys stream by), its columns give scores (keys resident, queries
+// stream by). Logits never leave registers, sums are never atomic.
+#pragma once
+
+#include <algorithm>
+
+#include "core/attention.h"
+#include "cuda/launch.h"
+#include "cuda/mma_tiles.h"
+
+namespace kvevict {
+
+inline constexpr float kLog2E = 1.44269504088896341f;
+inline constexpr float kMinusInfinity = -__builtin_inff();
+
+// The rows that vote, of all query heads of one KV head: row j is entry j % num_rows of query head
+// first_head + j / num_rows.
+struct RowList {
+  const AttentionParams& attention;
+  const VotingRows& voting;
+  int64_t batch, first_head, num_heads;
+
+  __device__ __forceinline__ int64_t size() const { return num_heads * voting.num_rows; }
+  // The query row, or -1 if the row does not vote.
+  __device__ __forceinline__ int64_t query_row(int64_t j) const {
+    if (j >= size()) return -1;
+    const int64_t row = voting.row(batch, j % voting.num_rows);
+    return row < 0 || attention.row_is_padding(batch, row) ? -1 : row;
+  }
+  __device__ __forceinline__ int64_t head(int64_t j) const {
+    return first_head + j / voting.num_rows;
+  }
+  __device__ __forceinline__ const char* address(int64_t j, int element_bytes) const {
+    const int64_t row = query_row(j);
+    if (row < 0) return nullptr;
+    return static_cast<const char*>(attention.query.data) +
+           attention.query.offset(batch, head(j), row) * element_bytes;
+  }
+};
+
+// A softmax normalizer: the largest logit in units of log2, and the sum of 2^(logit - largest).
+struct Normalizer {
+  float largest, sum;
+
+  __device__ __forceinline__ void merge(const Normalizer& other) {
+    const float raised = fmaxf(largest, other.largest);
+    if (raised == kMinusInfinity) return;
+    sum = sum * exp2_approx(largest - raised) + other.sum * exp2_approx(other.largest - raised);
+    largest = raised;
+  }
+  // log2 of the whole sum; -inf if nothing was seen.
+  __device__ __forceinline__ float log2_sum() const {
+    return sum == 0.0f ? kMinusInfinity : largest + log2f(sum);
+  }
+};
+
+// Where a row's normalizer comes from: parts from row_normalizer_kernel, or a given log-sum-exp.
+struct RowNormalizers {
+  const Normalizer* parts;  // [batch_size, num_qo_heads, num_rows, num_splits], or null
+  int64_t num_splits;
+
+  // The whole normalizer of a row of parts, splits in ascending order.
+  __device__ __forceinline__ Normalizer merged(int64_t row) const {
+    Normalizer total = parts[row * num_splits];
+    for (int64_t split = 1; split < num_splits; ++split) {
+      total.merge(parts[row * num_splits + split]);
+    }
+    return total;
+  }
+  __device__ __forceinline__ float log2_sum(const AttentionParams& attention,
+                                            const VotingRows& voting, int64_t batch, int64_t head,
+                                            int64_t entry, int64_t row) const {
+    const int64_t list = batch * attention.num_qo_heads + head;
+    if (!parts) return kLog2E * voting.softmax_lse[list * attention.qo_len + row];
+    return merged(list * voting.num_rows + entry).log2_sum();
+  }
+};
+
+// Whether all rows of a tensor start on 16 bytes.
+inline bool rows_aligned(const HeadTensor& tensor, int element_bytes) {
+  const auto address = reinterpret_cast<intptr_t>(tensor.data);
+  const int64_t strides = tensor.stride_batch | tensor.stride_head | tensor.stride_seq;
+  return address % 16 == 0 && strides * element_bytes % 16 == 0;
+}
+
+// ---- Rows ----------------------------------------------------------------------------------------
+
+struct RowNormalizerParams {
+  AttentionParams attention;
+  VotingRows voting;
+  Normalizer* parts;  // [batch_size, num_qo_heads, num_rows, num_splits]
+  int64_t num_splits, keys_per_split;
+  bool aligned;
+};
+
+template <typename Shape>
+struct RowShared {
+  TileBuffers<Shape> tiles;
+  int visible[Shape::kStages][Shape::kColumns];  // whether a key is real
+};
+
+// grid: (row tiles, splits, batch_size * num_kv_heads)
+template <typename Shape>
+__global__ void __launch_bounds__(kTileThreads)
+    row_normalizer_kernel(const RowNormalizerParams params) {
+  using Element = typename Shape::Element;
+  auto& shared = shared_memory<RowShared<Shape>>();
+  const AttentionParams& attention = params.attention;
+  const int64_t kv_head = blockIdx.z % attention.num_kv_heads;
+  const RowList rows{attention, params.voting, blockIdx.z / attention.num_kv_heads,
+                     kv_head * attention.group_size(), attention.group_size()};
+  const int64_t first_row = int64_t{blockIdx.x} * Shape::kRows;
+  const int64_t first_key = blockIdx.y * params.keys_per_split;
+  const int64_t end_key = min(first_key + params.keys_per_split, attention.kv_len);
+  const auto* key = static_cast<const char*>(attention.key.data);
+  const float scale = attention.sm_scale * kLog2E;
+
+  // A thread's rows: two of each row tile. They see keys up to last_key, none if they do not vote.
+  int64_t last_key[Shape::kRowTiles][2];
+  Normalizer normalizer[Shape::kRowTiles][2];
+  int64_t min_last_key = end_key;
+#pragma unroll
+  for (int r = 0; r < Shape::kRowTiles; ++r) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int64_t row = rows.query_row(first_row + product_row<Shape>(r, half * 2));
+      last_key[r][half] = row < 0 ? -1 : attention.last_key(row);
+      min_last_key = min(min_last_key, last_key[r][half]);
+      normalizer[r][half] = {kMinusInfinity, 0.0f};
+    }
+  }
+
+  const int64_t num_tiles = max((end_key - first_key + Shape::kColumns - 1) / Shape::kColumns,
+                                int64_t{0});
+  stream_tiles<Shape>(
+      shared.tiles, static_cast<int>(attention.head_dim) * Element::kBytes, params.aligned,
+      num_tiles, [&](int i) { return rows.address(first_row + i, Element::kBytes); },
+      [&](int64_t j) {
+        const int64_t index = first_key + j;
+        return index < end_key ? key + attention.key.offset(rows.batch, kv_head, index) *
+                                           Element::kBytes
+                               : nullptr;
+      },
+      [&](int stage, int64_t tile) {
+        if (threadIdx.x < Shape::kColumns) {
+          const int64_t index = first_key + tile * Shape::kColumns + threadIdx.x;
+          shared.visible[stage][threadIdx.x] =
+              index < end_key && attention.key_is_real(rows.batch, index);
+        }
+      },
+      [&](int stage, int64_t tile, TileProducts<Shape>& products) {
+        const int64_t tile_key = first_key + tile * Shape::kColumns;
+        const bool all_visible = !attention.key_mask && tile_key + Shape::kColumns <= end_key &&
+                                 tile_key + Shape::kColumns - 1 <= min_last_key;
+#pragma unroll
+        for (int r = 0; r < Shape::kRowTiles; ++r) {
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            float largest = kMinusInfinity;
+#pragma unroll
+            for (int c = 0; c < Shape::kColumnTiles; ++c) {
+#pragma unroll
+              for (int i = half * 2; i < half * 2 + 2; ++i) {
+                float logit = products[r][c][i] * scale;
+                if (!all_visible) {
+                  const int column = product_column(c, i);
+                  const bool visible = shared.visible[stage][column] &&
+                                       tile_key + column <= last_key[r][half];
+                  logit = visible ? logit : kMinusInfinity;
+                }
+                products[r][c][i] = logit;
+                largest = fmaxf(largest, logit);
+              }
+            }
+            Normalizer& total = normalizer[r][half];
+            const float raised = fmaxf(total.largest, largest);
+            if (raised == kMinusInfinity) continue;
+            float sum = total.sum * exp2_approx(total.largest - raised);
+#pragma unroll
+            for (int c = 0; c < Shape::kColumnTiles; ++c) {
+              sum += exp2_approx(products[r][c][half * 2] - raised);
+              sum += exp2_approx(products[r][c][half * 2 + 1] - raised);
+            }
+            total = {raised, sum};
+          }
+        }
+      });
+
+  // The four lanes that share a row merge in a fixed order.
+#pragma unroll
+  for (int r = 0; r < Shape::kRowTiles; ++r) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      Normalizer total = normalizer[r][half];
+      for (int distance = 1; distance < 4; distance *= 2) {
+        const float largest = __shfl_xor_sync(kFullWarp, total.largest, distance);
+        const float sum = __shfl_xor_sync(kFullWarp, total.sum, distance);
+        total.merge({largest, sum});  // the same bits in both lanes: sums commute
+      }
+      const int64_t j = first_row + product_row<Shape>(r, half * 2);
+      if (lane_id() % 4 == 0 && j < rows.size()) {
+        const int64_t row = rows.batch * attention.num_qo_heads * params.voting.num_rows +
+                            rows.first_head * params.voting.num_rows + j;
+        params.parts[row * params.num_splits + blockIdx.y] = total;
+      }
+    }
+  }
+}
+
+// ---- Columns -------------------------------------------------------------------------------------
+
+struct ColumnParams {
+  AttentionParams attention;
+  VotingRows voting;
+  RowNormalizers normalizers;
+  Statistic statistic;
+  bool per_query_head;       // a score of each query head, else of each KV head
+  const int32_t* key_index;  // [batch_size, num_keys], -1 = none; null: all keys in order
+  int64_t num_keys;          // of key_index, or kv_len
+  // A second weight of a row, by entry; the statistic is then also taken without it.
+  const float* text_weight;  // [batch_size, num_rows], or null
+  float* scores;             // [batch_size, num_parts, num_keys]
+  float* unweighted;         // like scores; with text_weight
+  bool aligned;
+};
+
+template <typename Shape>
+struct ColumnShared {
+  TileBuffers<Shape> tiles;
+  float bias[Shape::kStages][Shape::kColumns];      // log2(weight) - log2(normalizer)
+  float weight[Shape::kStages][Shape::kColumns];    // text_weight
+  int64_t last_key[Shape::kStages][Shape::kColumns];
+};
+
+template <Statistic statistic>
+__device__ __forceinline__ float add_to_statistic(float total, float probability) {
+  if constexpr (statistic == Statistic::kSum) return total + probability;
+  if constexpr (statistic == Statistic::kSumOfSquares) {
+    return fmaf(probability, probability, total);
+  }
+  // NaN wins over any number, as it does on the CPU.
+  return probability > total || probability != probability ? probability : total;
+}
+
+// grid: (key tiles, heads, batch_size) with a part of the scores per head
+template <typename Shape, Statistic statistic, bool text_weighted>
+__global__ void __launch_bounds__(kTileThreads) column_kernel(const ColumnParams params) {
+  using Element = typename Shape::Element;
+  auto& shared = shared_memory<ColumnShared<Shape>>();
+  const AttentionParams& attention = params.attention;
+  const VotingRows& voting = params.voting;
+  const int64_t group_size = attention.group_size();
+  const int64_t num_heads = params.per_query_head ? 1 : group_size;
+  const RowList rows{attention, voting, blockIdx.z, blockIdx.y * num_heads, num_heads};
+  const int64_t kv_head = rows.first_head / group_size;
+  const int64_t first_key = int64_t{blockIdx.x} * Shape::kRows;
+  const auto* key = static_cast<const char*>(attention.key.data);
+  const float scale = attention.sm_scale * kLog2E;
+
+  // The position of a key of this tile, -1 if there is none or it is masked.
+  const auto position = [&](int i) -> int64_t {
+    int64_t index = first_key + i;
+    if (index >= params.num_keys) return -1;
+    if (params.key_index) index = params.key_index[rows.batch * params.num_keys + index];
+    return index >= 0 && attention.key_is_real(rows.batch, index) ? index : -1;
+  };
+  int64_t thread_key[Shape::kRowTiles][2];
+  int64_t max_key = 0;
+  bool all_real = true;
+  float total[Shape::kRowTiles][2] = {}, plain[Shape::kRowTiles][2] = {};
+#pragma unroll
+  for (int r = 0; r < Shape::kRowTiles; ++r) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      thread_key[r][half] = position(product_row<Shape>(r, half * 2));
+      max_key = max(max_key, thread_key[r][half]);
+      all_real &= thread_key[r][half] >= 0;
+    }
+  }
+
+  const int64_t num_tiles = (rows.size() + Shape::kColumns - 1) / Shape::kColumns;
+  stream_tiles<Shape>(
+      shared.tiles, static_cast<int>(attention.head_dim) * Element::kBytes, params.aligned,
+      num_tiles,
+      [&](int i) {
+        const int64_t index = position(i);
+        return index < 0 ? nullptr
+                         : key + attention.key.offset(rows.batch, kv_head, index) * Element::kBytes;
+      },
+      [&](int64_t j) { return rows.address(j, Element::kBytes); },
+      [&](int stage, int64_t tile) {
+        if (threadIdx.x >= Shape::kColumns) return;
+        const int64_t j = tile * Shape::kColumns + threadIdx.x;
+        const int64_t row = rows.query_row(j);
+        float bias = kMinusInfinity, weight = 0.0f;
+        if (row >= 0) {
+          const int64_t head = rows.head(j), entry = j % voting.num_rows;
+          const float log2_sum = params.normalizers.log2_sum(attention, voting, rows.batch, head,
+                                                             entry, row);
+          const float given = voting.weight(rows.batch, attention.num_qo_heads, head, entry);
+          if (log2_sum != kMinusInfinity && given != 0.0f) bias = log2f(given) - log2_sum;
+          if constexpr (text_weighted) {
+            weight = params.text_weight[rows.batch * voting.num_rows + entry];
+          }
+        }
+        shared.bias[stage][threadIdx.x] = bias;
+        if constexpr (text_weighted) shared.weight[stage][threadIdx.x] = weight;
+        shared.last_key[stage][threadIdx.x] = row < 0 ? -1 : attention.last_key(row);
+      },
+      [&](int stage, int64_t /*tile*/, TileProducts<Shape>& products) {
+#pragma unroll
+        for (int c = 0; c < Shape::kColumnTiles; ++c) {
+#pragma unroll
+          for (int side = 0; side < 2; ++side) {
+            const int column = product_column(c, side);
+            const float bias = shared.bias[stage][column];
+            if (bias == kMinusInfinity) continue;
+            const bool all_visible = all_real && max_key <= shared.last_key[stage][column];
+#pragma unroll
+            for (int r = 0; r < Shape::kRowTiles; ++r) {
+#pragma unroll
+              for (int half = 0; half < 2; ++half) {
+                float probability =
+                    exp2_approx(fmaf(products[r][c][half * 2 + side], scale, bias));
+                if (!all_visible) {
+                  const bool visible = thread_key[r][half] >= 0 &&
+                                       thread_key[r][half] <= shared.last_key[stage][column];
+                  probability = visible ? probability : 0.0f;
+                }
+                if constexpr (text_weighted) {
+                  plain[r][half] = add_to_statistic<statistic>(plain[r][half], probability);
+                  probability *= shared.weight[stage][column];
+                }
+                total[r][half] = add_to_statistic<statistic>(total[r][half], probability);
+              }
+            }
+          }
+        }
+      });
+
+  const auto across_lanes = [](float value) {
+    for (int distance = 1; distance < 4; distance *= 2) {
+      const float other = __shfl_xor_sync(kFullWarp, value, distance);
+      value = statistic == Statistic::kMax ? add_to_statistic<Statistic::kMax>(value, other)
+                                           : value + other;
+    }
+    return value;
+  };
+#pragma unroll
+  for (int r = 0; r < Shape::kRowTiles; ++r) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float score = across_lanes(total[r][half]);
+      const float sum = text_weighted ? across_lanes(plain[r][half]) : 0.0f;
+      const int64_t index = first_key + product_row<Shape>(r, half * 2);
+      if (lane_id() % 4 == 0 && index < params.num_keys) {
+        const int64_t part = int64_t{blockIdx.z} * gridDim.y + blockIdx.y;
+        params.scores[part * params.num_keys + index] = score;
+        if constexpr (text_weighted) params.unweighted[part * params.num_keys + index] = sum;
+      }
+    }
+  }
+}
+
+// ---- Launching -----------------------------------------------------------------------------------
+
+// Calls f with the tile shape for a dtype and a head_dim.
+template <typename F>
+cudaError_t dispatch_shape(const AttentionParams& attention, F&& f) {
+  cudaError_t error = cudaErrorInvalidValue;
+  dispatch_dtype(attention.dtype, [&](auto dtype) {
+    constexpr DType kDType = decltype(dtype)::value;
+    if (attention.head_dim <= 64) {
+      error = f(TileShape<kDType, 64>{});
+    } else if (attention.head_dim <= 96) {
+      error = f(TileShape<kDType, 96>{});
+    } else if (attention.head_dim <= 128) {
+      error = f(TileShape<kDType, 128>{});
+    } else {
+      error = f(TileShape<kDType, 256>{});
+    }
+  });
+  return error;
+}
+
+inline bool tiles_aligned(const AttentionParams& attention) {
+  const int bytes = attention.dtype == DType::kFloat32 ? 4 : 2;
+  return rows_aligned(attention.query, bytes) && rows_aligned(attention.key, bytes);
+}
+
+// How the keys are split for row normalizers: enough blocks to fill a large GPU with the few rows of
+// a window, while each still reads a stretch of keys worth its start.
+struct RowSplits {
+  static constexpr int64_t kBlocks = 264;  // two per multiprocessor of an H200
+  static constexpr int64_t kMinKeys = 512;
+  static constexpr int64_t kMaxSplits = 16;
+
+  static int64_t count(const AttentionParams& attention, int64_t num_rows) {
+    const int64_t row_tiles = (attention.group_size() * num_rows + 127) / 128;
+    const int64_t blocks =
+        std::max<int64_t>(attention.batch_size * attention.num_kv_heads * row_tiles, 1);
+    const int64_t wanted = (kBlocks + blocks - 1) / blocks;
+    const int64_t possible = (attention.kv_len + kMinKeys - 1) / kMinKeys;
+    return std::clamp<int64_t>(std::min(wanted, possible), 1, kMaxSplits);
+  }
+  static int64_t bytes(const AttentionParams& attention, int64_t num_rows) {
+    return attention.batch_size * attention.num_qo_heads * num_rows *
+           count(attention, num_rows) * int64_t{sizeof(Normalizer)};
+  }
+};
+
+inline cudaError_t launch_row_normalizers(const AttentionParams& attention,
+                                          const VotingRows& voting, Normalizer* parts,
+                                          cudaStream_t stream) {
+  const int64_t splits = RowSplits::count(attention, voting.num_rows);
+  const int64_t num_rows = attention.group_size() * voting.num_rows;
+  const int64_t heads = attention.batch_size * attention.num_kv_heads;
+  if (num_rows * heads == 0) return cudaSuccess;
+  return dispatch_shape(attention, [&](auto shape) {
+    using Shape = decltype(shape);
+    const int64_t keys = (attention.kv_len + splits - 1) / splits;
+    const RowNormalizerParams params{
+        attention, voting, parts, splits,
+        (keys + Shape::kColumns - 1) / Shape::kColumns * Shape::kColumns,
+        tiles_aligned(attention)};
+    const LaunchShape launch_shape{
+        dim3(static_cast<unsigned>((num_rows + Shape::kRows - 1) / Shape::kRows),
+             static_cast<unsigned>(splits), static_cast<unsigned>(heads)),
+        dim3(kTileThreads), sizeof(RowShared<Shape>)};
+    return launch(row_normalizer_kernel<Shape>, launch_shape, stream, params);
+  });
+}
+
+template <bool text_weighted>
+cudaError_t launch_columns(ColumnParams params, cudaStream_t stream) {
+  const AttentionParams& attention = params.attention;
+  const int64_t heads = params.per_query_head ? attention.num_qo_heads : attention.num_kv_heads;
+  if (attention.batch_size == 0 || params.num_keys == 0) return cudaSuccess;
+  params.aligned = tiles_aligned(attention);
+  return dispatch_shape(attention, [&](auto shape) {
+    using Shape = decltype(shape);
+    const LaunchShape launch_shape{
+        dim3(static_cast<unsigned>((params.num_keys + Shape::kRows - 1) / Shape::kRows),
+             static_cast<unsigned>(heads), static_cast<unsigned>(attention.batch_size)),
+        dim3(kTileThreads), sizeof(ColumnShared<Shape>)};
+    cudaError_t error = cudaErrorInvalidValue;
+    if constexpr (text_weighted) {
+      error = launch(column_kernel<Shape, Statistic::kSum, true>, launch_shape, stream, params);
+    } else {
+      (void)dispatch_value<Statistic::kSum, Statistic::kMax, Statistic::kSumOfSquares>(
+          params.statistic, [&](auto statistic) {
+            error = launch(column_kernel<Shape, decltype(statistic)::value, false>, launch_shape,
+                           stream, params);
+          });
+    }
+    return error;
+  });
+}
+
+}  // namespace kvevict
