@@ -693,8 +693,11 @@ def _check_full_attention(
     name = type(module).__name__
     if not isinstance(layer, DynamicLayer) or not getattr(module, "is_causal", True):
         raise ValueError(f"kvevict.evict: {name} is not causal self-attention with a cache")
-    if layer.keys is None or key.shape[2] != layer.keys.shape[2]:
-        raise ValueError(f"kvevict.evict: {name} does not attend to its own cache layer")
+    if layer.keys is None or key.shape != layer.keys.shape:
+        raise ValueError(
+            f"kvevict.evict: {name} does not attend to the keys of its cache layer as they are "
+            "(cross attention, shared or compressed caches)"
+        )
     if mask is None:
         return
     expected = (query.shape[0], layer.get_seq_length())

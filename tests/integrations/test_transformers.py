@@ -13,12 +13,18 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import (
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
     DynamicCache,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
     LlamaConfig,
     LlamaForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     StaticCache,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
 import kvevict
@@ -797,6 +803,74 @@ def test_refusals(attempt: Any) -> None:
         pytest.raises(ValueError, match=REFUSALS[attempt]),
     ):
         attempt(model, inputs)
+    assert state_of(model) == before
+
+
+def gemma3_inputs() -> tuple[Any, dict[str, Tensor]]:
+    """Images attend in both directions."""
+    config = Gemma3Config(
+        text_config={**TEXT_CONFIG, "layer_types": ["sliding_attention"] * 2 + ["full_attention"]},
+        vision_config={
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "image_size": 56,
+            "patch_size": 14,
+        },
+        mm_tokens_per_image=16,
+        image_token_index=5,
+        boi_token_index=6,
+        eoi_token_index=7,
+    )
+    inputs = make_inputs(get_model("qwen3_vl"), [ONE_IMAGE])
+    input_ids = inputs["input_ids"]
+    return Gemma3ForConditionalGeneration(config).eval(), {
+        "input_ids": input_ids,
+        "token_type_ids": (input_ids == 5).long(),
+        "pixel_values": torch.randn(1, 3, 56, 56),
+    }
+
+
+def deepseek_inputs() -> tuple[Any, dict[str, Tensor]]:
+    """The cache holds compressed keys."""
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads")
+    config = DeepseekV3Config(
+        **{name: TEXT_CONFIG[name] for name in names},
+        num_hidden_layers=1,
+        num_key_value_heads=4,
+        first_k_dense_replace=1,
+        q_lora_rank=32,
+        kv_lora_rank=32,
+        qk_rope_head_dim=8,
+        qk_nope_head_dim=16,
+        v_head_dim=16,
+    )
+    return DeepseekV3ForCausalLM(config).eval(), {"input_ids": torch.randint(10, 90, (1, 20))}
+
+
+def t5_inputs() -> tuple[Any, dict[str, Tensor]]:
+    """An encoder and a decoder."""
+    config = T5Config(vocab_size=96, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=4)
+    return T5ForConditionalGeneration(config).eval(), {"input_ids": torch.randint(10, 90, (1, 9))}
+
+
+UNSUPPORTED = {
+    gemma3_inputs: "images that attend in both directions",
+    deepseek_inputs: "compressed caches",
+    t5_inputs: "is an encoder-decoder model",
+}
+
+
+@pytest.mark.parametrize("build", UNSUPPORTED, ids=lambda f: f.__name__)
+def test_unsupported_models_are_refused(build: Any) -> None:
+    model, inputs = build()
+    before = state_of(model)
+    with (
+        pytest.raises(ValueError, match=UNSUPPORTED[build]),
+        kvevict.evict(model, TGVKV(keep=0.3)),
+    ):
+        generate(model, inputs, num_new=2)
     assert state_of(model) == before
 
 

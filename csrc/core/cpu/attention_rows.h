@@ -12,74 +12,11 @@
 #include <cmath>
 #include <limits>
 
-#include "core/attention.h"
-#include "core/cpu/arena.h"
 #include "core/cpu/isa.h"
+#include "core/cpu/row_block.h"
 #include "core/cpu/simd.h"
 
 namespace kvevict {
-
-// Sizes that do not depend on the instruction set, so that any translation unit can plan with them.
-inline constexpr int64_t kMaxPanel = 64;
-
-inline int64_t padded_kv_len(const AttentionParams& attention) {
-  return (attention.kv_len + kMaxPanel - 1) / kMaxPanel * kMaxPanel;
-}
-
-// Rows per block: enough to pay for packing the keys, few enough for a block's exponentials to stay
-// in cache.
-inline int64_t row_block_size(const AttentionParams& attention) {
-  constexpr int64_t kMaxRows = 128;
-  constexpr int64_t kMinRows = 12;
-  constexpr int64_t kCacheBytes = 4 << 20;
-  const int64_t row_bytes = std::max(padded_kv_len(attention), kMaxPanel) * int64_t{sizeof(float)};
-  return std::clamp(kCacheBytes / row_bytes, kMinRows, kMaxRows);
-}
-
-// A row of the attention matrix.
-struct AttentionRow {
-  int64_t head;      // of the query
-  int64_t entry;     // of the row list
-  int64_t row;       // of the query
-  int64_t last_key;  // that it sees
-};
-
-// Scratch of one thread for one block.
-struct RowBlock {
-  int64_t capacity;
-  int64_t num_rows;
-  int64_t num_panels;   // that any of the rows sees
-  AttentionRow* rows;   // [capacity]
-  float* query;         // [capacity][head_dim], or pairs of bfloat16 in half of it
-  float* panel;         // [head_dim][kPanel]
-  float* sum;           // [capacity][lanes], sums of exponentials
-  float* reference;     // [capacity], in units of log2
-  float* normalizer;    // [capacity], sum of the exponentials against the reference
-  float* factor;        // [capacity], weight / normalizer
-  float* exponentials;  // [panels][capacity][kPanel], each relative to the reference of its time
-  float* references;    // [panels][capacity], those references
-
-  static RowBlock carve(Arena& arena, const AttentionParams& attention, bool with_exponentials) {
-    constexpr int64_t kMaxLanes = 16;
-    constexpr int64_t kMinPanel = 8;
-    const int64_t capacity = row_block_size(attention);
-    const int64_t kv_len = with_exponentials ? padded_kv_len(attention) : 0;
-    return {capacity,
-            0,
-            0,
-            arena.take<AttentionRow>(capacity),
-            arena.take<float>(capacity * attention.head_dim),
-            arena.take<float>(attention.head_dim * kMaxPanel),
-            arena.take<float>(capacity * kMaxLanes),
-            arena.take<float>(capacity),
-            arena.take<float>(capacity),
-            arena.take<float>(capacity),
-            arena.take<float>(capacity * kv_len),
-            arena.take<float>(capacity * kv_len / kMinPanel)};
-  }
-};
-
-#ifdef KVEVICT_ISA
 inline namespace KVEVICT_ISA {
 
 // 6 x 4 vectors of 16 lanes leave room in AVX-512's 32 registers, 6 x 2 of 8 in AVX2's 16.
@@ -405,6 +342,5 @@ void add_mean_rows(const AttentionParams& attention, const VotingRows& voting, i
 }
 
 }  // namespace KVEVICT_ISA
-#endif
 
 }  // namespace kvevict

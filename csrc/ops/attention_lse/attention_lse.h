@@ -2,8 +2,8 @@
 #pragma once
 
 #include "core/attention.h"
-#include "core/cpu/attention_rows.h"
 #include "core/cpu/isa.h"
+#include "core/cpu/row_block.h"
 
 namespace kvevict {
 

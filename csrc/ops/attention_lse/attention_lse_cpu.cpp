@@ -3,6 +3,8 @@
 
 #include <cmath>
 
+#include "core/cpu/attention_rows.h"
+
 namespace kvevict {
 namespace {
 

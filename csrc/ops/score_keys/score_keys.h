@@ -4,8 +4,8 @@
 #include <algorithm>
 
 #include "core/attention.h"
-#include "core/cpu/attention_rows.h"
 #include "core/cpu/isa.h"
+#include "core/cpu/row_block.h"
 
 namespace kvevict {
 

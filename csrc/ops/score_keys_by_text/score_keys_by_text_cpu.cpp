@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "ops/score_keys_by_text/score_keys_by_text.h"
 
+#include "core/cpu/attention_rows.h"
+
 namespace kvevict {
 namespace {
 
