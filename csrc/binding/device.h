@@ -7,6 +7,15 @@
 
 namespace kvevict {
 
+// Makes the tensor's device the current one, for a while.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(const Tensor& tensor) : guard_(tensor.get_device_index()) {}
+
+ private:
+  torch::stable::accelerator::DeviceGuard guard_;
+};
+
 // The CUDA stream that torch uses on the tensor's device, as a cudaStream_t.
 void* current_stream(const Tensor& tensor);
 

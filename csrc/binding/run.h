@@ -53,7 +53,7 @@ void run(const char* op, const Params& params, const Tensor& like) {
       }
     }
   } else {
-    const torch::stable::accelerator::DeviceGuard guard(like.get_device_index());
+    const DeviceGuard guard(like);
     const Workspace workspace(like, Op::cuda_workspace_bytes(params));
     check_launch(Op::launch_cuda(params, workspace.data(), current_stream(like)), op);
   }

@@ -44,10 +44,16 @@ struct RowList {
 struct Normalizer {
   float largest, sum;
 
+  // What to subtract from logits whose largest is this: where there are none, anything finite.
+  static __device__ __forceinline__ float finite(float largest) {
+    return largest == kMinusInfinity ? 0.0f : largest;
+  }
+
   __device__ __forceinline__ void merge(const Normalizer& other) {
     const float raised = fmaxf(largest, other.largest);
-    if (raised == kMinusInfinity) return;
-    sum = sum * exp2_approx(largest - raised) + other.sum * exp2_approx(other.largest - raised);
+    const float reference = finite(raised);
+    sum =
+        sum * exp2_approx(largest - reference) + other.sum * exp2_approx(other.largest - reference);
     largest = raised;
   }
   // log2 of the whole sum; -inf if nothing was seen.
@@ -85,7 +91,8 @@ inline bool rows_aligned(const HeadTensor& tensor, int element_bytes) {
   return address % 16 == 0 && strides * element_bytes % 16 == 0;
 }
 
-// ---- Rows ----------------------------------------------------------------------------------------
+// ---- Rows
+// ----------------------------------------------------------------------------------------
 
 struct RowNormalizerParams {
   AttentionParams attention;
@@ -132,16 +139,16 @@ __global__ void __launch_bounds__(kTileThreads)
     }
   }
 
-  const int64_t num_tiles = max((end_key - first_key + Shape::kColumns - 1) / Shape::kColumns,
-                                int64_t{0});
+  const int64_t num_tiles =
+      max((end_key - first_key + Shape::kColumns - 1) / Shape::kColumns, int64_t{0});
   stream_tiles<Shape>(
       shared.tiles, static_cast<int>(attention.head_dim) * Element::kBytes, params.aligned,
       num_tiles, [&](int i) { return rows.address(first_row + i, Element::kBytes); },
       [&](int64_t j) {
         const int64_t index = first_key + j;
-        return index < end_key ? key + attention.key.offset(rows.batch, kv_head, index) *
-                                           Element::kBytes
-                               : nullptr;
+        return index < end_key
+                   ? key + attention.key.offset(rows.batch, kv_head, index) * Element::kBytes
+                   : nullptr;
       },
       [&](int stage, int64_t tile) {
         if (threadIdx.x < Shape::kColumns) {
@@ -166,8 +173,8 @@ __global__ void __launch_bounds__(kTileThreads)
                 float logit = products[r][c][i] * scale;
                 if (!all_visible) {
                   const int column = product_column(c, i);
-                  const bool visible = shared.visible[stage][column] &&
-                                       tile_key + column <= last_key[r][half];
+                  const bool visible =
+                      shared.visible[stage][column] && tile_key + column <= last_key[r][half];
                   logit = visible ? logit : kMinusInfinity;
                 }
                 products[r][c][i] = logit;
@@ -176,12 +183,12 @@ __global__ void __launch_bounds__(kTileThreads)
             }
             Normalizer& total = normalizer[r][half];
             const float raised = fmaxf(total.largest, largest);
-            if (raised == kMinusInfinity) continue;
-            float sum = total.sum * exp2_approx(total.largest - raised);
+            const float reference = Normalizer::finite(raised);
+            float sum = total.sum * exp2_approx(total.largest - reference);
 #pragma unroll
             for (int c = 0; c < Shape::kColumnTiles; ++c) {
-              sum += exp2_approx(products[r][c][half * 2] - raised);
-              sum += exp2_approx(products[r][c][half * 2 + 1] - raised);
+              sum += exp2_approx(products[r][c][half * 2] - reference);
+              sum += exp2_approx(products[r][c][half * 2 + 1] - reference);
             }
             total = {raised, sum};
           }
@@ -209,28 +216,31 @@ __global__ void __launch_bounds__(kTileThreads)
   }
 }
 
-// ---- Columns -------------------------------------------------------------------------------------
+// ---- Columns
+// -------------------------------------------------------------------------------------
 
 struct ColumnParams {
   AttentionParams attention;
   VotingRows voting;
   RowNormalizers normalizers;
   Statistic statistic;
-  bool per_query_head;       // a score of each query head, else of each KV head
-  const int32_t* key_index;  // [batch_size, num_keys], -1 = none; null: all keys in order
-  int64_t num_keys;          // of key_index, or kv_len
+  bool per_query_head;      // a score of each query head, else of each KV head
+  const int32_t* key_rows;  // [batch_size, num_keys], query rows whose own keys are scored, -1 =
+                            // none; null: all keys in order
+  int64_t num_keys;         // of key_rows, or kv_len
   // A second weight of a row, by entry; the statistic is then also taken without it.
   const float* text_weight;  // [batch_size, num_rows], or null
   float* scores;             // [batch_size, num_parts, num_keys]
   float* unweighted;         // like scores; with text_weight
+  float scale;               // of what is written
   bool aligned;
 };
 
 template <typename Shape>
 struct ColumnShared {
   TileBuffers<Shape> tiles;
-  float bias[Shape::kStages][Shape::kColumns];      // log2(weight) - log2(normalizer)
-  float weight[Shape::kStages][Shape::kColumns];    // text_weight
+  float bias[Shape::kStages][Shape::kColumns];    // log2(weight) - log2(normalizer)
+  float weight[Shape::kStages][Shape::kColumns];  // text_weight
   int64_t last_key[Shape::kStages][Shape::kColumns];
 };
 
@@ -242,6 +252,53 @@ __device__ __forceinline__ float add_to_statistic(float total, float probability
   }
   // NaN wins over any number, as it does on the CPU.
   return probability > total || probability != probability ? probability : total;
+}
+
+// Notes what belongs to row j of a list, the column threadIdx.x of a tile.
+template <bool text_weighted = false, typename Shared>
+__device__ __forceinline__ void prepare_column(const ColumnParams& params, const RowList& rows,
+                                               int64_t j, int stage, Shared& shared) {
+  constexpr int kColumns = sizeof(shared.bias[0]) / sizeof(float);
+  if (threadIdx.x >= kColumns) return;
+  const VotingRows& voting = params.voting;
+  const int64_t row = rows.query_row(j);
+  float bias = kMinusInfinity, weight = 0.0f;
+  if (row >= 0) {
+    const int64_t head = rows.head(j), entry = j % voting.num_rows;
+    const float log2_sum =
+        params.normalizers.log2_sum(rows.attention, voting, rows.batch, head, entry, row);
+    const float given = voting.weight(rows.batch, rows.attention.num_qo_heads, head, entry);
+    if (log2_sum != kMinusInfinity && given != 0.0f) bias = log2f(given) - log2_sum;
+    if constexpr (text_weighted) {
+      weight = params.text_weight[rows.batch * voting.num_rows + entry];
+    }
+  }
+  shared.bias[stage][threadIdx.x] = bias;
+  if constexpr (text_weighted) shared.weight[stage][threadIdx.x] = weight;
+  shared.last_key[stage][threadIdx.x] = row < 0 ? -1 : rows.attention.last_key(row);
+}
+
+// Joins the four lanes that share a key and writes [batch_size, heads, num_keys].
+template <typename Shape, Statistic statistic>
+__device__ __forceinline__ void write_columns(const float (&total)[Shape::kRowTiles][2],
+                                              float* scores, const ColumnParams& params) {
+  const int64_t part = int64_t{blockIdx.z} * gridDim.y + blockIdx.y;
+#pragma unroll
+  for (int r = 0; r < Shape::kRowTiles; ++r) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float score = total[r][half];
+      for (int distance = 1; distance < 4; distance *= 2) {
+        const float other = __shfl_xor_sync(kFullWarp, score, distance);
+        score = statistic == Statistic::kMax ? add_to_statistic<Statistic::kMax>(score, other)
+                                             : score + other;
+      }
+      const int64_t index = int64_t{blockIdx.x} * Shape::kRows + product_row<Shape>(r, half * 2);
+      if (lane_id() % 4 == 0 && index < params.num_keys) {
+        scores[part * params.num_keys + index] = score * params.scale;
+      }
+    }
+  }
 }
 
 // grid: (key tiles, heads, batch_size) with a part of the scores per head
@@ -263,7 +320,10 @@ __global__ void __launch_bounds__(kTileThreads) column_kernel(const ColumnParams
   const auto position = [&](int i) -> int64_t {
     int64_t index = first_key + i;
     if (index >= params.num_keys) return -1;
-    if (params.key_index) index = params.key_index[rows.batch * params.num_keys + index];
+    if (params.key_rows) {
+      const int64_t row = params.key_rows[rows.batch * params.num_keys + index];
+      index = row < 0 ? -1 : attention.position(row);
+    }
     return index >= 0 && attention.key_is_real(rows.batch, index) ? index : -1;
   };
   int64_t thread_key[Shape::kRowTiles][2];
@@ -291,23 +351,8 @@ __global__ void __launch_bounds__(kTileThreads) column_kernel(const ColumnParams
       },
       [&](int64_t j) { return rows.address(j, Element::kBytes); },
       [&](int stage, int64_t tile) {
-        if (threadIdx.x >= Shape::kColumns) return;
-        const int64_t j = tile * Shape::kColumns + threadIdx.x;
-        const int64_t row = rows.query_row(j);
-        float bias = kMinusInfinity, weight = 0.0f;
-        if (row >= 0) {
-          const int64_t head = rows.head(j), entry = j % voting.num_rows;
-          const float log2_sum = params.normalizers.log2_sum(attention, voting, rows.batch, head,
-                                                             entry, row);
-          const float given = voting.weight(rows.batch, attention.num_qo_heads, head, entry);
-          if (log2_sum != kMinusInfinity && given != 0.0f) bias = log2f(given) - log2_sum;
-          if constexpr (text_weighted) {
-            weight = params.text_weight[rows.batch * voting.num_rows + entry];
-          }
-        }
-        shared.bias[stage][threadIdx.x] = bias;
-        if constexpr (text_weighted) shared.weight[stage][threadIdx.x] = weight;
-        shared.last_key[stage][threadIdx.x] = row < 0 ? -1 : attention.last_key(row);
+        prepare_column<text_weighted>(params, rows, tile * Shape::kColumns + threadIdx.x, stage,
+                                      shared);
       },
       [&](int stage, int64_t /*tile*/, TileProducts<Shape>& products) {
 #pragma unroll
@@ -322,8 +367,7 @@ __global__ void __launch_bounds__(kTileThreads) column_kernel(const ColumnParams
             for (int r = 0; r < Shape::kRowTiles; ++r) {
 #pragma unroll
               for (int half = 0; half < 2; ++half) {
-                float probability =
-                    exp2_approx(fmaf(products[r][c][half * 2 + side], scale, bias));
+                float probability = exp2_approx(fmaf(products[r][c][half * 2 + side], scale, bias));
                 if (!all_visible) {
                   const bool visible = thread_key[r][half] >= 0 &&
                                        thread_key[r][half] <= shared.last_key[stage][column];
@@ -340,31 +384,91 @@ __global__ void __launch_bounds__(kTileThreads) column_kernel(const ColumnParams
         }
       });
 
-  const auto across_lanes = [](float value) {
-    for (int distance = 1; distance < 4; distance *= 2) {
-      const float other = __shfl_xor_sync(kFullWarp, value, distance);
-      value = statistic == Statistic::kMax ? add_to_statistic<Statistic::kMax>(value, other)
-                                           : value + other;
+  write_columns<Shape, statistic>(total, params.scores, params);
+  if constexpr (text_weighted) write_columns<Shape, statistic>(plain, params.unweighted, params);
+}
+
+// ---- Maximum of means
+// ----------------------------------------------------------------------------
+
+// grid: (key tiles, num_score_heads, batch_size). The maximum over rows of the mean over a score's
+// query heads: a tile of rows goes through all heads before it counts.
+template <typename Shape>
+__global__ void __launch_bounds__(kTileThreads) max_of_means_kernel(const ColumnParams params) {
+  using Element = typename Shape::Element;
+  auto& shared = shared_memory<ColumnShared<Shape>>();
+  const AttentionParams& attention = params.attention;
+  const VotingRows& voting = params.voting;
+  const int64_t group_size = attention.group_size();
+  const int64_t num_kv_heads = attention.num_kv_heads / gridDim.y;
+  const int64_t batch = blockIdx.z;
+  const int64_t first_key = int64_t{blockIdx.x} * Shape::kRows;
+  const auto* key = static_cast<const char*>(attention.key.data);
+  const float scale = attention.sm_scale * kLog2E;
+
+  float total[Shape::kRowTiles][2] = {};
+  for (int64_t first_entry = 0; first_entry < voting.num_rows; first_entry += Shape::kColumns) {
+    TileProducts<Shape> mean = {};
+    for (int64_t i = 0; i < num_kv_heads; ++i) {
+      const int64_t kv_head = blockIdx.y * num_kv_heads + i;
+      const RowList rows{attention, voting, batch, kv_head * group_size, group_size};
+      // Tile t of the stream: this tile of entries, for query head t of the group.
+      const auto row_of = [&](int64_t j) -> int64_t {
+        const int64_t entry = first_entry + j % Shape::kColumns;
+        return entry < voting.num_rows ? j / Shape::kColumns * voting.num_rows + entry
+                                       : rows.size();
+      };
+      stream_tiles<Shape>(
+          shared.tiles, static_cast<int>(attention.head_dim) * Element::kBytes, params.aligned,
+          group_size,
+          [&](int a) {
+            const int64_t index = first_key + a;
+            return index < attention.kv_len
+                       ? key + attention.key.offset(batch, kv_head, index) * Element::kBytes
+                       : nullptr;
+          },
+          [&](int64_t j) { return rows.address(row_of(j), Element::kBytes); },
+          [&](int stage, int64_t tile) {
+            prepare_column(params, rows, row_of(tile * Shape::kColumns + threadIdx.x), stage,
+                           shared);
+          },
+          [&](int stage, int64_t /*tile*/, TileProducts<Shape>& products) {
+#pragma unroll
+            for (int r = 0; r < Shape::kRowTiles; ++r) {
+#pragma unroll
+              for (int c = 0; c < Shape::kColumnTiles; ++c) {
+#pragma unroll
+                for (int p = 0; p < 4; ++p) {
+                  const int column = product_column(c, p);
+                  const int64_t index = first_key + product_row<Shape>(r, p);
+                  const float bias = shared.bias[stage][column];
+                  const bool visible = bias != kMinusInfinity && index < attention.kv_len &&
+                                       index <= shared.last_key[stage][column] &&
+                                       attention.key_is_real(batch, index);
+                  if (visible) {
+                    mean[r][c][p] += exp2_approx(fmaf(products[r][c][p], scale, bias));
+                  }
+                }
+              }
+            }
+          });
     }
-    return value;
-  };
 #pragma unroll
-  for (int r = 0; r < Shape::kRowTiles; ++r) {
+    for (int r = 0; r < Shape::kRowTiles; ++r) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const float score = across_lanes(total[r][half]);
-      const float sum = text_weighted ? across_lanes(plain[r][half]) : 0.0f;
-      const int64_t index = first_key + product_row<Shape>(r, half * 2);
-      if (lane_id() % 4 == 0 && index < params.num_keys) {
-        const int64_t part = int64_t{blockIdx.z} * gridDim.y + blockIdx.y;
-        params.scores[part * params.num_keys + index] = score;
-        if constexpr (text_weighted) params.unweighted[part * params.num_keys + index] = sum;
+      for (int c = 0; c < Shape::kColumnTiles; ++c) {
+#pragma unroll
+        for (int p = 0; p < 4; ++p) {
+          total[r][p / 2] = add_to_statistic<Statistic::kMax>(total[r][p / 2], mean[r][c][p]);
+        }
       }
     }
   }
+  write_columns<Shape, Statistic::kMax>(total, params.scores, params);
 }
 
-// ---- Launching -----------------------------------------------------------------------------------
+// ---- Launching
+// -----------------------------------------------------------------------------------
 
 // Calls f with the tile shape for a dtype and a head_dim.
 template <typename F>
@@ -390,8 +494,8 @@ inline bool tiles_aligned(const AttentionParams& attention) {
   return rows_aligned(attention.query, bytes) && rows_aligned(attention.key, bytes);
 }
 
-// How the keys are split for row normalizers: enough blocks to fill a large GPU with the few rows of
-// a window, while each still reads a stretch of keys worth its start.
+// How the keys are split for row normalizers: enough blocks to fill a large GPU with the few rows
+// of a window, while each still reads a stretch of keys worth its start.
 struct RowSplits {
   static constexpr int64_t kBlocks = 264;  // two per multiprocessor of an H200
   static constexpr int64_t kMinKeys = 512;
@@ -406,8 +510,8 @@ struct RowSplits {
     return std::clamp<int64_t>(std::min(wanted, possible), 1, kMaxSplits);
   }
   static int64_t bytes(const AttentionParams& attention, int64_t num_rows) {
-    return attention.batch_size * attention.num_qo_heads * num_rows *
-           count(attention, num_rows) * int64_t{sizeof(Normalizer)};
+    return attention.batch_size * attention.num_qo_heads * num_rows * count(attention, num_rows) *
+           int64_t{sizeof(Normalizer)};
   }
 };
 
@@ -422,7 +526,10 @@ inline cudaError_t launch_row_normalizers(const AttentionParams& attention,
     using Shape = decltype(shape);
     const int64_t keys = (attention.kv_len + splits - 1) / splits;
     const RowNormalizerParams params{
-        attention, voting, parts, splits,
+        attention,
+        voting,
+        parts,
+        splits,
         (keys + Shape::kColumns - 1) / Shape::kColumns * Shape::kColumns,
         tiles_aligned(attention)};
     const LaunchShape launch_shape{
@@ -457,6 +564,57 @@ cudaError_t launch_columns(ColumnParams params, cudaStream_t stream) {
     }
     return error;
   });
+}
+
+inline cudaError_t launch_max_of_means(ColumnParams params, int64_t num_score_heads,
+                                       cudaStream_t stream) {
+  const AttentionParams& attention = params.attention;
+  if (attention.batch_size == 0 || params.num_keys == 0) return cudaSuccess;
+  params.aligned = tiles_aligned(attention);
+  return dispatch_shape(attention, [&](auto shape) {
+    using Shape = typename decltype(shape)::Small;
+    const LaunchShape launch_shape{
+        dim3(static_cast<unsigned>((params.num_keys + Shape::kRows - 1) / Shape::kRows),
+             static_cast<unsigned>(num_score_heads), static_cast<unsigned>(attention.batch_size)),
+        dim3(kTileThreads), sizeof(ColumnShared<Shape>)};
+    return launch(max_of_means_kernel<Shape>, launch_shape, stream, params);
+  });
+}
+
+// ---- Heads
+// ---------------------------------------------------------------------------------------
+
+struct ReduceHeadsParams {
+  const float* parts;  // [num_scores, parts_per_score, num_keys]
+  float* scores;       // [num_scores, num_keys]
+  int64_t num_scores, parts_per_score, num_keys;
+  bool is_max;
+};
+
+inline constexpr int kReduceThreads = 256;
+
+// One thread per score; parts in ascending order.
+static __global__ void reduce_heads_kernel(const ReduceHeadsParams params) {
+  const int64_t i = int64_t{blockIdx.x} * kReduceThreads + threadIdx.x;
+  if (i >= params.num_scores * params.num_keys) return;
+  const float* parts = params.parts +
+                       i / params.num_keys * params.parts_per_score * params.num_keys +
+                       i % params.num_keys;
+  float result = parts[0];
+  for (int64_t part = 1; part < params.parts_per_score; ++part) {
+    const float score = parts[part * params.num_keys];
+    result = params.is_max ? add_to_statistic<Statistic::kMax>(result, score) : result + score;
+  }
+  params.scores[i] = result;
+}
+
+inline cudaError_t launch_reduce_heads(const ReduceHeadsParams& params, cudaStream_t stream) {
+  const int64_t count = params.num_scores * params.num_keys;
+  if (count == 0) return cudaSuccess;
+  const LaunchShape shape{
+      dim3(static_cast<unsigned>((count + kReduceThreads - 1) / kReduceThreads)),
+      dim3(kReduceThreads)};
+  return launch(reduce_heads_kernel, shape, stream, params);
 }
 
 }  // namespace kvevict

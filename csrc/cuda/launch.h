@@ -17,9 +17,8 @@ cudaError_t launch(void (*kernel)(KernelArgs...), const LaunchShape& shape, cuda
                    Args&&... args) {
   constexpr unsigned kDefaultShared = 48 << 10;
   if (shape.shared_bytes > kDefaultShared) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             static_cast<int>(shape.shared_bytes));
+    const cudaError_t error = cudaFuncSetAttribute(
+        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shape.shared_bytes));
     if (error != cudaSuccess) return error;
   }
   cudaLaunchConfig_t config = {};

@@ -10,10 +10,10 @@ namespace kvevict {
 
 // Everything below is shaped by how many 16-byte chunks a row has once head_dim is padded.
 struct TileTuning {
-  int row_tiles;   // 16-row tiles of A per warp
-  int columns;     // rows of B per tile
-  int stages;      // B tiles in shared memory
-  bool resident;   // A's fragments stay in registers
+  int row_tiles;  // 16-row tiles of A per warp
+  int columns;    // rows of B per tile
+  int stages;     // B tiles in shared memory
+  bool resident;  // A's fragments stay in registers
 };
 // Within 99 KB of shared memory for every shape, so that one choice serves sm_80 to sm_120.
 constexpr TileTuning tile_tuning(int chunks) {
@@ -21,6 +21,8 @@ constexpr TileTuning tile_tuning(int chunks) {
   if (chunks <= 32) return {1, 32, 2, false};
   return {1, 16, 2, false};
 }
+
+inline constexpr int kMaxChunks = 64;  // head_dim 256 in float32
 
 inline constexpr int kTileWarps = 4;
 inline constexpr int kTileThreads = 32 * kTileWarps;
@@ -59,12 +61,14 @@ struct TileElement<DType::kFloat32> {
   }
 };
 
-template <DType dtype_, int kHeadDim>
+template <DType dtype, int kHeadDim_, bool small = false>
 struct TileShape {
-  static constexpr DType dtype = dtype_;
   using Element = TileElement<dtype>;
+  static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kChunks = kHeadDim * Element::kBytes / 16;
-  static constexpr TileTuning kTuning = tile_tuning(kChunks);
+  static constexpr TileTuning kTuning = tile_tuning(small ? kMaxChunks : kChunks);
+  // The same rows in smaller tiles, for kernels that keep more beside the products.
+  using Small = TileShape<dtype, kHeadDim, true>;
   static constexpr int kRowTiles = kTuning.row_tiles;
   static constexpr int kRows = kTileWarps * kRowTiles * 16;
   static constexpr int kColumns = kTuning.columns;
@@ -139,6 +143,7 @@ __device__ __forceinline__ void stream_tiles(TileBuffers<Shape>& buffers, int ro
     cp_async_commit();
   };
 
+  __syncthreads();  // nobody reads the tiles of an earlier stream any more
   load_rows<Shape>(buffers.a, row_bytes, aligned, row_a);
   for (int tile = 0; tile < kStages - 1; ++tile) fetch(tile);
 
@@ -147,7 +152,7 @@ __device__ __forceinline__ void stream_tiles(TileBuffers<Shape>& buffers, int ro
   const int a_row = warp_id() * Shape::kRowTiles * 16 + lane % 16;
   const int b_row = lane % 8 + lane / 16 * 8;
   uint32_t a[Shape::kTuning.resident ? Shape::kSteps : 1][Shape::kRowTiles][4];
-  const auto load_a = [&](int step, uint32_t(&fragments)[Shape::kRowTiles][4]) {
+  const auto load_a = [&](int step, uint32_t (&fragments)[Shape::kRowTiles][4]) {
 #pragma unroll
     for (int r = 0; r < Shape::kRowTiles; ++r) {
       ldmatrix_x4(fragments[r], &buffers.a[a_row + r * 16][step * 2 + lane / 16]);

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "binding/attention_args.h"
+#include "binding/registration.h"
 #include "binding/run.h"
 #include "ops/attention_lse/attention_lse.h"
 
@@ -26,14 +27,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(KVEVICT_NAMESPACE, m) {
       "bool causal=True) -> Tensor");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(KVEVICT_NAMESPACE, CPU, m) {
-  m.impl("attention_lse", TORCH_BOX(&attention_lse<DeviceType::CPU>));
-}
-
-#ifdef KVEVICT_OP_HAS_CUDA
-STABLE_TORCH_LIBRARY_IMPL(KVEVICT_NAMESPACE, CUDA, m) {
-  m.impl("attention_lse", TORCH_BOX(&attention_lse<DeviceType::CUDA>));
-}
-#endif
+KVEVICT_IMPL(attention_lse)
 
 }  // namespace kvevict

@@ -2,6 +2,7 @@
 #include <limits>
 
 #include "binding/kv_args.h"
+#include "binding/registration.h"
 #include "binding/run.h"
 #include "core/validate.h"
 #include "ops/broadcast_indices/broadcast_indices.h"
@@ -89,14 +90,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(KVEVICT_NAMESPACE, m) {
       "SymInt page_size=0) -> Tensor");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(KVEVICT_NAMESPACE, CPU, m) {
-  m.impl("broadcast_indices", TORCH_BOX(&broadcast_indices<DeviceType::CPU>));
-}
-
-#ifdef KVEVICT_OP_HAS_CUDA
-STABLE_TORCH_LIBRARY_IMPL(KVEVICT_NAMESPACE, CUDA, m) {
-  m.impl("broadcast_indices", TORCH_BOX(&broadcast_indices<DeviceType::CUDA>));
-}
-#endif
+KVEVICT_IMPL(broadcast_indices)
 
 }  // namespace kvevict

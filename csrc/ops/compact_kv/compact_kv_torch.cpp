@@ -2,6 +2,7 @@
 #include <vector>
 
 #include "binding/kv_args.h"
+#include "binding/registration.h"
 #include "binding/run.h"
 #include "ops/compact_kv/compact_kv.h"
 
@@ -36,14 +37,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(KVEVICT_NAMESPACE, m) {
       "Tensor? kept_lens=None) -> ()");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(KVEVICT_NAMESPACE, CPU, m) {
-  m.impl("compact_kv_", TORCH_BOX(&compact_kv_<DeviceType::CPU>));
-}
-
-#ifdef KVEVICT_OP_HAS_CUDA
-STABLE_TORCH_LIBRARY_IMPL(KVEVICT_NAMESPACE, CUDA, m) {
-  m.impl("compact_kv_", TORCH_BOX(&compact_kv_<DeviceType::CUDA>));
-}
-#endif
+KVEVICT_IMPL(compact_kv_)
 
 }  // namespace kvevict

@@ -3,6 +3,7 @@
 #include <vector>
 
 #include "binding/kv_args.h"
+#include "binding/registration.h"
 #include "binding/run.h"
 #include "ops/gather_kv/gather_kv.h"
 
@@ -45,14 +46,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(KVEVICT_NAMESPACE, m) {
       "(Tensor[], Tensor[])");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(KVEVICT_NAMESPACE, CPU, m) {
-  m.impl("gather_kv", TORCH_BOX(&gather_kv<DeviceType::CPU>));
-}
-
-#ifdef KVEVICT_OP_HAS_CUDA
-STABLE_TORCH_LIBRARY_IMPL(KVEVICT_NAMESPACE, CUDA, m) {
-  m.impl("gather_kv", TORCH_BOX(&gather_kv<DeviceType::CUDA>));
-}
-#endif
+KVEVICT_IMPL(gather_kv)
 
 }  // namespace kvevict

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "binding/check.h"
+#include "binding/registration.h"
 #include "binding/run.h"
 #include "ops/null/null.h"
 
@@ -25,14 +26,6 @@ Tensor null(const Tensor& input) {
 
 STABLE_TORCH_LIBRARY_FRAGMENT(KVEVICT_NAMESPACE, m) { m.def("null(Tensor input) -> Tensor"); }
 
-STABLE_TORCH_LIBRARY_IMPL(KVEVICT_NAMESPACE, CPU, m) {
-  m.impl("null", TORCH_BOX(&null<DeviceType::CPU>));
-}
-
-#ifdef KVEVICT_OP_HAS_CUDA
-STABLE_TORCH_LIBRARY_IMPL(KVEVICT_NAMESPACE, CUDA, m) {
-  m.impl("null", TORCH_BOX(&null<DeviceType::CUDA>));
-}
-#endif
+KVEVICT_IMPL(null)
 
 }  // namespace kvevict

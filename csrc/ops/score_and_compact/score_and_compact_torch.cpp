@@ -4,6 +4,7 @@
 
 #include "binding/attention_args.h"
 #include "binding/kv_args.h"
+#include "binding/registration.h"
 #include "binding/run.h"
 #include "ops/compact_kv/compact_kv.h"
 #include "ops/score_and_compact/score_and_compact.h"
@@ -144,14 +145,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(KVEVICT_NAMESPACE, m) {
       "(Tensor, Tensor, Tensor)");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(KVEVICT_NAMESPACE, CPU, m) {
-  m.impl("score_and_compact", TORCH_BOX(&score_and_compact<DeviceType::CPU>));
-}
-
-#ifdef KVEVICT_OP_HAS_CUDA
-STABLE_TORCH_LIBRARY_IMPL(KVEVICT_NAMESPACE, CUDA, m) {
-  m.impl("score_and_compact", TORCH_BOX(&score_and_compact<DeviceType::CUDA>));
-}
-#endif
+KVEVICT_IMPL(score_and_compact)
 
 }  // namespace kvevict

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "binding/attention_args.h"
+#include "binding/registration.h"
 #include "binding/run.h"
 #include "ops/score_keys/score_keys.h"
 
@@ -43,14 +44,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(KVEVICT_NAMESPACE, m) {
       "int statistic=0, int head_reduction=1) -> Tensor");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(KVEVICT_NAMESPACE, CPU, m) {
-  m.impl("score_keys", TORCH_BOX(&score_keys<DeviceType::CPU>));
-}
-
-#ifdef KVEVICT_OP_HAS_CUDA
-STABLE_TORCH_LIBRARY_IMPL(KVEVICT_NAMESPACE, CUDA, m) {
-  m.impl("score_keys", TORCH_BOX(&score_keys<DeviceType::CUDA>));
-}
-#endif
+KVEVICT_IMPL(score_keys)
 
 }  // namespace kvevict

@@ -2,6 +2,7 @@
 #include <tuple>
 
 #include "binding/attention_args.h"
+#include "binding/registration.h"
 #include "binding/run.h"
 #include "ops/score_keys_by_text/score_keys_by_text.h"
 
@@ -43,14 +44,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(KVEVICT_NAMESPACE, m) {
       "Tensor? key_mask=None, float? sm_scale=None) -> (Tensor, Tensor, Tensor)");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(KVEVICT_NAMESPACE, CPU, m) {
-  m.impl("score_keys_by_text", TORCH_BOX(&score_keys_by_text<DeviceType::CPU>));
-}
-
-#ifdef KVEVICT_OP_HAS_CUDA
-STABLE_TORCH_LIBRARY_IMPL(KVEVICT_NAMESPACE, CUDA, m) {
-  m.impl("score_keys_by_text", TORCH_BOX(&score_keys_by_text<DeviceType::CUDA>));
-}
-#endif
+KVEVICT_IMPL(score_keys_by_text)
 
 }  // namespace kvevict

@@ -2,6 +2,7 @@
 #include <tuple>
 
 #include "binding/check.h"
+#include "binding/registration.h"
 #include "binding/run.h"
 #include "core/validate.h"
 #include "ops/select_topk/select_topk.h"
@@ -60,14 +61,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(KVEVICT_NAMESPACE, m) {
       "(Tensor, Tensor)");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(KVEVICT_NAMESPACE, CPU, m) {
-  m.impl("select_topk", TORCH_BOX(&select_topk<DeviceType::CPU>));
-}
-
-#ifdef KVEVICT_OP_HAS_CUDA
-STABLE_TORCH_LIBRARY_IMPL(KVEVICT_NAMESPACE, CUDA, m) {
-  m.impl("select_topk", TORCH_BOX(&select_topk<DeviceType::CUDA>));
-}
-#endif
+KVEVICT_IMPL(select_topk)
 
 }  // namespace kvevict
