@@ -56,9 +56,11 @@ struct Normalizer {
         sum * exp2_approx(largest - reference) + other.sum * exp2_approx(other.largest - reference);
     largest = raised;
   }
-  // log2 of the whole sum; -inf if nothing was seen.
-  __device__ __forceinline__ float log2_sum() const {
-    return sum == 0.0f ? kMinusInfinity : largest + log2f(sum);
+  // The log-sum-exp, natural; -inf if nothing was seen.
+  __device__ __forceinline__ float lse() const {
+    constexpr double kLn2 = 0.69314718055994530942;
+    if (sum == 0.0f) return kMinusInfinity;
+    return static_cast<float>((double{largest} + double{log2f(sum)}) * kLn2);
   }
 };
 
@@ -75,12 +77,14 @@ struct RowNormalizers {
     }
     return total;
   }
-  __device__ __forceinline__ float log2_sum(const AttentionParams& attention,
-                                            const VotingRows& voting, int64_t batch, int64_t head,
-                                            int64_t entry, int64_t row) const {
+  // A given log-sum-exp is a largest logit with a sum of 1, or of 0 if nothing was seen.
+  __device__ __forceinline__ Normalizer of(const AttentionParams& attention,
+                                           const VotingRows& voting, int64_t batch, int64_t head,
+                                           int64_t entry, int64_t row) const {
     const int64_t list = batch * attention.num_qo_heads + head;
-    if (!parts) return kLog2E * voting.softmax_lse[list * attention.qo_len + row];
-    return merged(list * voting.num_rows + entry).log2_sum();
+    if (parts) return merged(list * voting.num_rows + entry);
+    const float lse = voting.softmax_lse[list * attention.qo_len + row];
+    return {kLog2E * lse, lse == kMinusInfinity ? 0.0f : 1.0f};
   }
 };
 
@@ -112,7 +116,6 @@ struct RowShared {
 template <typename Shape>
 __global__ void __launch_bounds__(kTileThreads)
     row_normalizer_kernel(const RowNormalizerParams params) {
-  using Element = typename Shape::Element;
   auto& shared = shared_memory<RowShared<Shape>>();
   const AttentionParams& attention = params.attention;
   const int64_t kv_head = blockIdx.z % attention.num_kv_heads;
@@ -142,12 +145,12 @@ __global__ void __launch_bounds__(kTileThreads)
   const int64_t num_tiles =
       max((end_key - first_key + Shape::kColumns - 1) / Shape::kColumns, int64_t{0});
   stream_tiles<Shape>(
-      shared.tiles, static_cast<int>(attention.head_dim) * Element::kBytes, params.aligned,
-      num_tiles, [&](int i) { return rows.address(first_row + i, Element::kBytes); },
+      shared.tiles, static_cast<int>(attention.head_dim) * Shape::kElementBytes, params.aligned,
+      num_tiles, [&](int i) { return rows.address(first_row + i, Shape::kElementBytes); },
       [&](int64_t j) {
         const int64_t index = first_key + j;
         return index < end_key
-                   ? key + attention.key.offset(rows.batch, kv_head, index) * Element::kBytes
+                   ? key + attention.key.offset(rows.batch, kv_head, index) * Shape::kElementBytes
                    : nullptr;
       },
       [&](int stage, int64_t tile) {
@@ -165,30 +168,29 @@ __global__ void __launch_bounds__(kTileThreads)
         for (int r = 0; r < Shape::kRowTiles; ++r) {
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
-            float largest = kMinusInfinity;
+            const auto visible = [&](int c, int i) {
+              const int column = product_column(c, i);
+              return all_visible ||
+                     (shared.visible[stage][column] && tile_key + column <= last_key[r][half]);
+            };
+            Normalizer& total = normalizer[r][half];
+            float raised = total.largest;
 #pragma unroll
             for (int c = 0; c < Shape::kColumnTiles; ++c) {
 #pragma unroll
               for (int i = half * 2; i < half * 2 + 2; ++i) {
-                float logit = products[r][c][i] * scale;
-                if (!all_visible) {
-                  const int column = product_column(c, i);
-                  const bool visible =
-                      shared.visible[stage][column] && tile_key + column <= last_key[r][half];
-                  logit = visible ? logit : kMinusInfinity;
-                }
-                products[r][c][i] = logit;
-                largest = fmaxf(largest, logit);
+                if (visible(c, i)) raised = fmaxf(raised, products[r][c][i] * scale);
               }
             }
-            Normalizer& total = normalizer[r][half];
-            const float raised = fmaxf(total.largest, largest);
             const float reference = Normalizer::finite(raised);
             float sum = total.sum * exp2_approx(total.largest - reference);
 #pragma unroll
             for (int c = 0; c < Shape::kColumnTiles; ++c) {
-              sum += exp2_approx(products[r][c][half * 2] - reference);
-              sum += exp2_approx(products[r][c][half * 2 + 1] - reference);
+#pragma unroll
+              for (int i = half * 2; i < half * 2 + 2; ++i) {
+                const float exponential = exp2_approx(fmaf(products[r][c][i], scale, -reference));
+                sum += visible(c, i) ? exponential : 0.0f;
+              }
             }
             total = {raised, sum};
           }
@@ -239,14 +241,18 @@ struct ColumnParams {
 template <typename Shape>
 struct ColumnShared {
   TileBuffers<Shape> tiles;
-  float bias[Shape::kStages][Shape::kColumns];    // log2(weight) - log2(normalizer)
-  float weight[Shape::kStages][Shape::kColumns];  // text_weight
+  float reference[Shape::kStages][Shape::kColumns];  // of the row's exponentials
+  float factor[Shape::kStages][Shape::kColumns];     // weight / normalizer; 0 = no vote
+  float text[Shape::kStages][Shape::kColumns];       // factor * text_weight
   int64_t last_key[Shape::kStages][Shape::kColumns];
 };
 
+// Adds the probability exponential * factor to a statistic.
 template <Statistic statistic>
-__device__ __forceinline__ float add_to_statistic(float total, float probability) {
-  if constexpr (statistic == Statistic::kSum) return total + probability;
+__device__ __forceinline__ float add_to_statistic(float total, float exponential,
+                                                  float factor = 1.0f) {
+  if constexpr (statistic == Statistic::kSum) return fmaf(exponential, factor, total);
+  const float probability = exponential * factor;
   if constexpr (statistic == Statistic::kSumOfSquares) {
     return fmaf(probability, probability, total);
   }
@@ -258,23 +264,24 @@ __device__ __forceinline__ float add_to_statistic(float total, float probability
 template <bool text_weighted = false, typename Shared>
 __device__ __forceinline__ void prepare_column(const ColumnParams& params, const RowList& rows,
                                                int64_t j, int stage, Shared& shared) {
-  constexpr int kColumns = sizeof(shared.bias[0]) / sizeof(float);
+  constexpr int kColumns = sizeof(shared.factor[0]) / sizeof(float);
   if (threadIdx.x >= kColumns) return;
   const VotingRows& voting = params.voting;
   const int64_t row = rows.query_row(j);
-  float bias = kMinusInfinity, weight = 0.0f;
+  Normalizer normalizer{0.0f, 0.0f};
+  float factor = 0.0f, text = 0.0f;
   if (row >= 0) {
     const int64_t head = rows.head(j), entry = j % voting.num_rows;
-    const float log2_sum =
-        params.normalizers.log2_sum(rows.attention, voting, rows.batch, head, entry, row);
-    const float given = voting.weight(rows.batch, rows.attention.num_qo_heads, head, entry);
-    if (log2_sum != kMinusInfinity && given != 0.0f) bias = log2f(given) - log2_sum;
+    normalizer = params.normalizers.of(rows.attention, voting, rows.batch, head, entry, row);
+    const float weight = voting.weight(rows.batch, rows.attention.num_qo_heads, head, entry);
+    if (normalizer.sum != 0.0f) factor = weight / normalizer.sum;
     if constexpr (text_weighted) {
-      weight = params.text_weight[rows.batch * voting.num_rows + entry];
+      text = factor * params.text_weight[rows.batch * voting.num_rows + entry];
     }
   }
-  shared.bias[stage][threadIdx.x] = bias;
-  if constexpr (text_weighted) shared.weight[stage][threadIdx.x] = weight;
+  shared.reference[stage][threadIdx.x] = Normalizer::finite(normalizer.largest);
+  shared.factor[stage][threadIdx.x] = factor;
+  if constexpr (text_weighted) shared.text[stage][threadIdx.x] = text;
   shared.last_key[stage][threadIdx.x] = row < 0 ? -1 : rows.attention.last_key(row);
 }
 
@@ -304,7 +311,6 @@ __device__ __forceinline__ void write_columns(const float (&total)[Shape::kRowTi
 // grid: (key tiles, heads, batch_size) with a part of the scores per head
 template <typename Shape, Statistic statistic, bool text_weighted>
 __global__ void __launch_bounds__(kTileThreads) column_kernel(const ColumnParams params) {
-  using Element = typename Shape::Element;
   auto& shared = shared_memory<ColumnShared<Shape>>();
   const AttentionParams& attention = params.attention;
   const VotingRows& voting = params.voting;
@@ -342,14 +348,15 @@ __global__ void __launch_bounds__(kTileThreads) column_kernel(const ColumnParams
 
   const int64_t num_tiles = (rows.size() + Shape::kColumns - 1) / Shape::kColumns;
   stream_tiles<Shape>(
-      shared.tiles, static_cast<int>(attention.head_dim) * Element::kBytes, params.aligned,
+      shared.tiles, static_cast<int>(attention.head_dim) * Shape::kElementBytes, params.aligned,
       num_tiles,
       [&](int i) {
         const int64_t index = position(i);
-        return index < 0 ? nullptr
-                         : key + attention.key.offset(rows.batch, kv_head, index) * Element::kBytes;
+        return index < 0
+                   ? nullptr
+                   : key + attention.key.offset(rows.batch, kv_head, index) * Shape::kElementBytes;
       },
-      [&](int64_t j) { return rows.address(j, Element::kBytes); },
+      [&](int64_t j) { return rows.address(j, Shape::kElementBytes); },
       [&](int stage, int64_t tile) {
         prepare_column<text_weighted>(params, rows, tile * Shape::kColumns + threadIdx.x, stage,
                                       shared);
@@ -360,24 +367,27 @@ __global__ void __launch_bounds__(kTileThreads) column_kernel(const ColumnParams
 #pragma unroll
           for (int side = 0; side < 2; ++side) {
             const int column = product_column(c, side);
-            const float bias = shared.bias[stage][column];
-            if (bias == kMinusInfinity) continue;
+            const float factor = shared.factor[stage][column];
+            if (factor == 0.0f) continue;
+            const float reference = shared.reference[stage][column];
             const bool all_visible = all_real && max_key <= shared.last_key[stage][column];
 #pragma unroll
             for (int r = 0; r < Shape::kRowTiles; ++r) {
 #pragma unroll
               for (int half = 0; half < 2; ++half) {
-                float probability = exp2_approx(fmaf(products[r][c][half * 2 + side], scale, bias));
-                if (!all_visible) {
-                  const bool visible = thread_key[r][half] >= 0 &&
-                                       thread_key[r][half] <= shared.last_key[stage][column];
-                  probability = visible ? probability : 0.0f;
+                float exponential =
+                    exp2_approx(fmaf(products[r][c][half * 2 + side], scale, -reference));
+                float weight = factor, text = text_weighted ? shared.text[stage][column] : 0.0f;
+                if (!all_visible && (thread_key[r][half] < 0 ||
+                                     thread_key[r][half] > shared.last_key[stage][column])) {
+                  exponential = weight = text = 0.0f;
                 }
                 if constexpr (text_weighted) {
-                  plain[r][half] = add_to_statistic<statistic>(plain[r][half], probability);
-                  probability *= shared.weight[stage][column];
+                  plain[r][half] = add_to_statistic<statistic>(plain[r][half], exponential, weight);
+                  total[r][half] = add_to_statistic<statistic>(total[r][half], exponential, text);
+                } else {
+                  total[r][half] = add_to_statistic<statistic>(total[r][half], exponential, weight);
                 }
-                total[r][half] = add_to_statistic<statistic>(total[r][half], probability);
               }
             }
           }
@@ -395,7 +405,6 @@ __global__ void __launch_bounds__(kTileThreads) column_kernel(const ColumnParams
 // query heads: a tile of rows goes through all heads before it counts.
 template <typename Shape>
 __global__ void __launch_bounds__(kTileThreads) max_of_means_kernel(const ColumnParams params) {
-  using Element = typename Shape::Element;
   auto& shared = shared_memory<ColumnShared<Shape>>();
   const AttentionParams& attention = params.attention;
   const VotingRows& voting = params.voting;
@@ -419,15 +428,15 @@ __global__ void __launch_bounds__(kTileThreads) max_of_means_kernel(const Column
                                        : rows.size();
       };
       stream_tiles<Shape>(
-          shared.tiles, static_cast<int>(attention.head_dim) * Element::kBytes, params.aligned,
+          shared.tiles, static_cast<int>(attention.head_dim) * Shape::kElementBytes, params.aligned,
           group_size,
           [&](int a) {
             const int64_t index = first_key + a;
             return index < attention.kv_len
-                       ? key + attention.key.offset(batch, kv_head, index) * Element::kBytes
+                       ? key + attention.key.offset(batch, kv_head, index) * Shape::kElementBytes
                        : nullptr;
           },
-          [&](int64_t j) { return rows.address(row_of(j), Element::kBytes); },
+          [&](int64_t j) { return rows.address(row_of(j), Shape::kElementBytes); },
           [&](int stage, int64_t tile) {
             prepare_column(params, rows, row_of(tile * Shape::kColumns + threadIdx.x), stage,
                            shared);
@@ -441,12 +450,14 @@ __global__ void __launch_bounds__(kTileThreads) max_of_means_kernel(const Column
                 for (int p = 0; p < 4; ++p) {
                   const int column = product_column(c, p);
                   const int64_t index = first_key + product_row<Shape>(r, p);
-                  const float bias = shared.bias[stage][column];
-                  const bool visible = bias != kMinusInfinity && index < attention.kv_len &&
+                  const float factor = shared.factor[stage][column];
+                  const bool visible = factor != 0.0f && index < attention.kv_len &&
                                        index <= shared.last_key[stage][column] &&
                                        attention.key_is_real(batch, index);
                   if (visible) {
-                    mean[r][c][p] += exp2_approx(fmaf(products[r][c][p], scale, bias));
+                    const float exponential = exp2_approx(
+                        fmaf(products[r][c][p], scale, -shared.reference[stage][column]));
+                    mean[r][c][p] = fmaf(exponential, factor, mean[r][c][p]);
                   }
                 }
               }

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// A resident tile of rows A against a stream of tiles of rows B: products A * B^T on tensor cores.
-// Keys and query rows can each take either part.
+// A resident tile of rows A against a stream of tiles of rows B: products A * B^T, of 16-bit
+// elements on tensor cores, of float32 by fused multiply-add. Keys and query rows can each take
+// either part; a product's bits do not depend on which.
 #pragma once
 
 #include "core/dtype.h"
@@ -27,45 +28,14 @@ inline constexpr int kMaxChunks = 64;  // head_dim 256 in float32
 inline constexpr int kTileWarps = 4;
 inline constexpr int kTileThreads = 32 * kTileWarps;
 
-// Products of one 16 x 8 tile and 32 bytes of depth, from fragments as ldmatrix delivers them.
 template <DType dtype>
-struct TileElement {
-  static constexpr int kBytes = 2;
-  static __device__ __forceinline__ void multiply_add(float (&d)[4], const uint32_t (&a)[4],
-                                                      const uint32_t (&b)[2]) {
-    if constexpr (dtype == DType::kBFloat16) {
-      mma_bf16(d, a, b);
-    } else {
-      mma_fp16(d, a, b);
-    }
-  }
-};
-// float32 as three tf32 products: the rounding left out is 2^-22 of a product.
-template <>
-struct TileElement<DType::kFloat32> {
-  static constexpr int kBytes = 4;
-  static __device__ __forceinline__ void split(uint32_t bits, uint32_t& high, uint32_t& low) {
-    high = bits & 0xFFFFE000u;
-    low = __float_as_uint(__uint_as_float(bits) - __uint_as_float(high));
-  }
-  static __device__ __forceinline__ void multiply_add(float (&d)[4], const uint32_t (&a)[4],
-                                                      const uint32_t (&b)[2]) {
-    uint32_t a_high[4], a_low[4], b_high[2], b_low[2];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) split(a[i], a_high[i], a_low[i]);
-#pragma unroll
-    for (int i = 0; i < 2; ++i) split(b[i], b_high[i], b_low[i]);
-    mma_tf32(d, a_low, b_high);
-    mma_tf32(d, a_high, b_low);
-    mma_tf32(d, a_high, b_high);
-  }
-};
+inline constexpr int kTileElementBytes = dtype == DType::kFloat32 ? 4 : 2;
 
 template <DType dtype, int kHeadDim_, bool small = false>
 struct TileShape {
-  using Element = TileElement<dtype>;
   static constexpr int kHeadDim = kHeadDim_;
-  static constexpr int kChunks = kHeadDim * Element::kBytes / 16;
+  static constexpr int kElementBytes = kTileElementBytes<dtype>;
+  static constexpr int kChunks = kHeadDim * kElementBytes / 16;
   static constexpr TileTuning kTuning = tile_tuning(small ? kMaxChunks : kChunks);
   // The same rows in smaller tiles, for kernels that keep more beside the products.
   using Small = TileShape<dtype, kHeadDim, true>;
@@ -77,6 +47,15 @@ struct TileShape {
   static constexpr int kSteps = kChunks / 2;
   // An odd number of chunks per row puts the 8 rows of an ldmatrix into different banks.
   static constexpr int kPitch = kChunks + 1;
+
+  static __device__ __forceinline__ void multiply_add(float (&d)[4], const uint32_t (&a)[4],
+                                                      const uint32_t (&b)[2]) {
+    if constexpr (dtype == DType::kBFloat16) {
+      mma_bf16(d, a, b);
+    } else {
+      mma_fp16(d, a, b);
+    }
+  }
 };
 
 template <typename Shape>
@@ -125,6 +104,96 @@ __device__ __forceinline__ void load_rows(uint4 (&rows)[kRows][Shape::kPitch], i
   }
 }
 
+// The A tile's part in the products: on tensor cores fragments of it, in registers where they fit.
+template <typename Shape>
+struct TileMultiplier {
+  static constexpr bool kResident = Shape::kTuning.resident;
+  uint32_t fragments[kResident ? Shape::kSteps : 1][Shape::kRowTiles][4];
+
+  // Lane l addresses row l % 16 and chunk l / 16 of A's 16 x 32-byte tiles.
+  __device__ __forceinline__ void load_step(const TileBuffers<Shape>& buffers, int step,
+                                            uint32_t (&tiles)[Shape::kRowTiles][4]) {
+    const int row = warp_id() * Shape::kRowTiles * 16 + lane_id() % 16;
+#pragma unroll
+    for (int r = 0; r < Shape::kRowTiles; ++r) {
+      ldmatrix_x4(tiles[r], &buffers.a[row + r * 16][step * 2 + lane_id() / 16]);
+    }
+  }
+
+  __device__ __forceinline__ void load(const TileBuffers<Shape>& buffers) {
+    if constexpr (kResident) {
+#pragma unroll
+      for (int step = 0; step < Shape::kSteps; ++step) load_step(buffers, step, fragments[step]);
+    }
+  }
+
+  __device__ __forceinline__ void multiply(const TileBuffers<Shape>& buffers, int stage,
+                                           TileProducts<Shape>& products) {
+    // The four matrices of an ldmatrix of B are two column tiles of 8 by two chunks.
+    const int row = lane_id() % 8 + lane_id() / 16 * 8;
+#pragma unroll
+    for (int step = 0; step < Shape::kSteps; ++step) {
+      if constexpr (!kResident) load_step(buffers, step, fragments[0]);
+      const auto& a = fragments[kResident ? step : 0];
+#pragma unroll
+      for (int c = 0; c < Shape::kColumnTiles; c += 2) {
+        uint32_t b[4];
+        ldmatrix_x4(b, &buffers.b[stage][c * 8 + row][step * 2 + lane_id() / 8 % 2]);
+#pragma unroll
+        for (int r = 0; r < Shape::kRowTiles; ++r) {
+          Shape::multiply_add(products[r][c], a[r], {b[0], b[1]});
+          Shape::multiply_add(products[r][c + 1], a[r], {b[2], b[3]});
+        }
+      }
+    }
+  }
+};
+
+// float32: the same products in the same registers, each a chain of fused multiply-adds.
+template <typename Shape>
+  requires(Shape::kElementBytes == 4)
+struct TileMultiplier<Shape> {
+  __device__ __forceinline__ void load(const TileBuffers<Shape>& /*buffers*/) {}
+
+  __device__ __forceinline__ void multiply(const TileBuffers<Shape>& buffers, int stage,
+                                           TileProducts<Shape>& products) {
+    for (int chunk = 0; chunk < Shape::kChunks; ++chunk) {
+      float4 a[Shape::kRowTiles][2];
+#pragma unroll
+      for (int r = 0; r < Shape::kRowTiles; ++r) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          a[r][half] = as_floats(buffers.a[product_row<Shape>(r, half * 2)][chunk]);
+        }
+      }
+#pragma unroll
+      for (int c = 0; c < Shape::kColumnTiles; ++c) {
+#pragma unroll
+        for (int side = 0; side < 2; ++side) {
+          const float4 b = as_floats(buffers.b[stage][product_column(c, side)][chunk]);
+#pragma unroll
+          for (int r = 0; r < Shape::kRowTiles; ++r) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+              float& product = products[r][c][half * 2 + side];
+              product = fmaf(a[r][half].x, b.x, product);
+              product = fmaf(a[r][half].y, b.y, product);
+              product = fmaf(a[r][half].z, b.z, product);
+              product = fmaf(a[r][half].w, b.w, product);
+            }
+          }
+        }
+      }
+    }
+  }
+
+ private:
+  static __device__ __forceinline__ float4 as_floats(const uint4& bits) {
+    return make_float4(__uint_as_float(bits.x), __uint_as_float(bits.y), __uint_as_float(bits.z),
+                       __uint_as_float(bits.w));
+  }
+};
+
 // Streams num_tiles tiles of B past the A tile. Calls prepare(stage, tile) when a tile is asked
 // for, to put what belongs to its columns into shared memory, and consume(stage, tile, products).
 template <typename Shape, typename RowA, typename RowB, typename Prepare, typename Consume>
@@ -132,7 +201,6 @@ __device__ __forceinline__ void stream_tiles(TileBuffers<Shape>& buffers, int ro
                                              bool aligned, int64_t num_tiles, RowA&& row_a,
                                              RowB&& row_b, Prepare&& prepare, Consume&& consume) {
   constexpr int kStages = Shape::kStages;
-  const int lane = lane_id();
   const auto fetch = [&](int64_t tile) {
     const int stage = static_cast<int>(tile % kStages);
     if (tile < num_tiles) {
@@ -147,45 +215,15 @@ __device__ __forceinline__ void stream_tiles(TileBuffers<Shape>& buffers, int ro
   load_rows<Shape>(buffers.a, row_bytes, aligned, row_a);
   for (int tile = 0; tile < kStages - 1; ++tile) fetch(tile);
 
-  // Lane l addresses row l % 16 and chunk l / 16 of A's 16 x 32-byte tiles; for B the four matrices
-  // are two column tiles of 8 by two chunks.
-  const int a_row = warp_id() * Shape::kRowTiles * 16 + lane % 16;
-  const int b_row = lane % 8 + lane / 16 * 8;
-  uint32_t a[Shape::kTuning.resident ? Shape::kSteps : 1][Shape::kRowTiles][4];
-  const auto load_a = [&](int step, uint32_t (&fragments)[Shape::kRowTiles][4]) {
-#pragma unroll
-    for (int r = 0; r < Shape::kRowTiles; ++r) {
-      ldmatrix_x4(fragments[r], &buffers.a[a_row + r * 16][step * 2 + lane / 16]);
-    }
-  };
-
+  TileMultiplier<Shape> multiplier;
   for (int64_t tile = 0; tile < num_tiles; ++tile) {
     const int stage = static_cast<int>(tile % kStages);
     cp_async_wait<kStages - 2>();
     __syncthreads();  // this tile is there, and everybody is done with the one before
     fetch(tile + kStages - 1);
-    if constexpr (Shape::kTuning.resident) {
-      if (tile == 0) {
-#pragma unroll
-        for (int step = 0; step < Shape::kSteps; ++step) load_a(step, a[step]);
-      }
-    }
+    if (tile == 0) multiplier.load(buffers);
     TileProducts<Shape> products = {};
-#pragma unroll
-    for (int step = 0; step < Shape::kSteps; ++step) {
-      if constexpr (!Shape::kTuning.resident) load_a(step, a[0]);
-      const auto& fragments = a[Shape::kTuning.resident ? step : 0];
-#pragma unroll
-      for (int c = 0; c < Shape::kColumnTiles; c += 2) {
-        uint32_t b[4];
-        ldmatrix_x4(b, &buffers.b[stage][c * 8 + b_row][step * 2 + lane / 8 % 2]);
-#pragma unroll
-        for (int r = 0; r < Shape::kRowTiles; ++r) {
-          Shape::Element::multiply_add(products[r][c], fragments[r], {b[0], b[1]});
-          Shape::Element::multiply_add(products[r][c + 1], fragments[r], {b[2], b[3]});
-        }
-      }
-    }
+    multiplier.multiply(buffers, stage, products);
     consume(stage, tile, products);
   }
   cp_async_wait<0>();

@@ -14,10 +14,9 @@ VotingRows all_rows(const AttentionParams& attention) {
 // One thread per row.
 __global__ void merge_normalizers_kernel(const AttentionLseParams params,
                                          const RowNormalizers normalizers, int64_t num_rows) {
-  constexpr float kLn2 = 0.69314718055994531f;
   const int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x;
   if (i >= num_rows) return;
-  params.lse[i] = normalizers.merged(i).log2_sum() * kLn2;
+  params.lse[i] = normalizers.merged(i).lse();
 }
 
 }  // namespace

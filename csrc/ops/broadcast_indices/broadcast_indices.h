@@ -16,14 +16,19 @@ struct BroadcastIndicesParams {
 
   KVEVICT_HD int64_t num_lists() const { return num_layers * batch_size * num_kv_heads; }
 
-  // Entry i of a list: a position or, through a block table, a slot; -1 stays -1.
+  // Entry i of a list: a position or, through a block table, a slot; -1 stays -1, and what is out
+  // of range becomes -1.
   KVEVICT_HD int32_t entry(int64_t layer, int64_t batch, int64_t head, int64_t i) const {
     if (i >= kept.len(layer, batch, head)) return -1;
     int32_t position = kept.list(layer, batch, head)[i];
-    if (base.indices) position = base.list(layer, batch, head)[position];
+    if (base.indices) {
+      const bool found = position >= 0 && position < base.k;
+      position = found ? base.list(layer, batch, head)[position] : -1;
+    }
     if (!block_tables || position < 0) return position;
     const int32_t* table = block_tables + layer * tables_stride_layer + batch * max_pages;
-    const int64_t page = table[position / page_size];
+    const int64_t page_index = position / page_size;
+    const int64_t page = page_index < max_pages ? table[page_index] : -1;
     return page < 0 ? -1 : static_cast<int32_t>(page * page_size + position % page_size);
   }
 };

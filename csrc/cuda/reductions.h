@@ -1,0 +1,37 @@
+// SPDX-License-Identifier: Apache-2.0
+// Where a thread stands in its block, and sums over a block in a fixed order. Blocks are
+// one-dimensional and made of whole warps.
+#pragma once
+
+#include "cuda/ptx.h"
+
+namespace kvevict {
+
+inline constexpr int kWarpSize = 32;
+
+__device__ __forceinline__ int lane_index() { return static_cast<int>(threadIdx.x % kWarpSize); }
+__device__ __forceinline__ int warp_index() { return static_cast<int>(threadIdx.x / kWarpSize); }
+
+// The mask of the lanes before this one.
+__device__ __forceinline__ unsigned lanes_before() { return (1u << lane_index()) - 1; }
+
+// The sum of the values of all threads before this one. The whole block calls it, and may call it
+// again at once.
+template <int kThreads>
+__device__ __forceinline__ unsigned block_exclusive_sum(
+    unsigned value, unsigned (&warp_sums)[kThreads / kWarpSize]) {
+  const int lane = lane_index(), warp = warp_index();
+  unsigned sum = value;
+#pragma unroll
+  for (int distance = 1; distance < kWarpSize; distance *= 2) {
+    const unsigned before = __shfl_up_sync(kFullWarp, sum, distance);
+    if (lane >= distance) sum += before;
+  }
+  if (lane == kWarpSize - 1) warp_sums[warp] = sum;
+  __syncthreads();
+  const unsigned of_warps_before = __reduce_add_sync(kFullWarp, lane < warp ? warp_sums[lane] : 0u);
+  __syncthreads();
+  return of_warps_before + sum - value;
+}
+
+}  // namespace kvevict
