@@ -9,7 +9,7 @@ TORCH ?= torch==2.13.0
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 BIN := $(VENV)/bin
-SOURCES := $(shell find csrc third_party/cmake tests/host -name '*.cpp' -o -name '*.h' -o -name '*.cu' \
+SOURCES := $(shell find csrc third_party/cmake tests/host tests/emulation -name '*.cpp' -o -name '*.h' -o -name '*.cu' \
   -o -name '*.cuh' -o -name '*.cmake' -o -name CMakeLists.txt) CMakeLists.txt setup.py pyproject.toml
 CPP_SOURCES := $(shell find csrc tests bench -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 INSTALL := $(BIN)/pip install --quiet --no-build-isolation --use-pep517
@@ -40,7 +40,7 @@ wheel: $(VENV)/.requirements
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/pip wheel --no-build-isolation --use-pep517 --no-deps --wheel-dir dist .
 
 clean:
-	rm -rf build dist demo-out kvevict/lib kvevict.egg-info tests/host/_kvevict_host*.so $(VENV)
+	rm -rf build dist demo-out kvevict/lib kvevict.egg-info tests/host/_kvevict_host*.so tests/emulation/lib $(VENV)
 
 $(VENV)/.requirements: third_party/build-requirements.txt third_party/test-requirements.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -49,5 +49,5 @@ $(VENV)/.requirements: third_party/build-requirements.txt third_party/test-requi
 	touch $@
 
 $(VENV)/.library: $(VENV)/.requirements $(SOURCES)
-	PATH="$(abspath $(BIN)):$$PATH" KVEVICT_HOST_MODULE=ON $(INSTALL) -e .
+	PATH="$(abspath $(BIN)):$$PATH" KVEVICT_HOST_MODULE=ON KVEVICT_EMULATION=ON $(INSTALL) -e .
 	touch $@

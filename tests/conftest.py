@@ -6,7 +6,7 @@ import hypothesis
 import pytest
 import torch
 
-from tests.support.backends import CPU, CUDA, Backend, available_backends
+from tests.support.backends import CPU, CUDA, EMULATED, Backend, available_backends
 
 hypothesis.settings.register_profile("kvevict", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("kvevict")
@@ -20,6 +20,16 @@ BACKENDS = available_backends()
 @pytest.fixture(params=BACKENDS, ids=lambda backend: backend.name)
 def backend(request: pytest.FixtureRequest) -> Backend:
     """Return the backend to test, one after the other."""
+    selected: Backend = request.param
+    return selected
+
+
+@pytest.fixture(
+    params=[backend for backend in BACKENDS if backend != EMULATED],
+    ids=lambda backend: backend.name,
+)
+def traceable_backend(request: pytest.FixtureRequest) -> Backend:
+    """Return the backends whose ops have fake kernels, one after the other."""
     selected: Backend = request.param
     return selected
 
@@ -38,7 +48,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark what would have run on CUDA too, so that the summary can count it (xdist included)."""
     for item in items:
         callspec = getattr(item, "callspec", None)
-        if callspec is not None and callspec.params.get("backend") == CPU:
+        if callspec is not None and CPU in callspec.params.values():
             item.user_properties.append(("cuda_twin", True))
 
 

@@ -12,7 +12,8 @@ KvTensor kv_tensor(const Tensor& tensor) {
   const auto bytes = static_cast<int64_t>(tensor.element_size());
   return {{const_cast<void*>(tensor.const_data_ptr()), tensor.stride(0) * bytes,
            tensor.stride(1) * bytes, tensor.stride(2) * bytes},
-          tensor.size(3) * bytes};
+          tensor.size(3) * bytes,
+          tensor.size(2)};
 }
 
 // Every list once: shared ones (stride 0) are checked against the shortest layer.

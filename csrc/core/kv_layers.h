@@ -13,6 +13,7 @@ namespace kvevict {
 struct KvTensor {
   MutableHeadTensor rows;
   int64_t row_bytes;
+  int64_t kv_len;
 
   KVEVICT_HD char* row(int64_t batch, int64_t head, int64_t index) const {
     return static_cast<char*>(rows.data) + rows.offset(batch, head, index);

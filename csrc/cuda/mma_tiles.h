@@ -157,6 +157,7 @@ struct TileMultiplier<Shape> {
 
   __device__ __forceinline__ void multiply(const TileBuffers<Shape>& buffers, int stage,
                                            TileProducts<Shape>& products) {
+#pragma unroll 2
     for (int chunk = 0; chunk < Shape::kChunks; ++chunk) {
       float4 a[Shape::kRowTiles][2];
 #pragma unroll

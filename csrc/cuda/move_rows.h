@@ -16,15 +16,18 @@
 
 namespace kvevict {
 
+// Tuning. With this many items and slots, shared memory has room for 768 threads on an H200's SM.
 inline constexpr int kMoveThreads = 128;
-inline constexpr int kMoveThreadsOfFewBlocks = 256;  // which have an SM to themselves
-inline constexpr int kMoveItems = 4;                 // rows of a thread in a batch
-inline constexpr int kMoveAhead = 3;                 // batches of reads ahead of the writes
+inline constexpr int kMoveThreadsOfFewBlocks = 256;  // blocks with an SM to themselves
+inline constexpr int kMoveThreadsPerSm = 768;
+inline constexpr int kMoveItems = 4;  // rows of a thread in a batch
+inline constexpr int kMoveAhead = 3;  // batches of reads ahead of the writes
 inline constexpr int kMoveSlots = kMoveAhead + 1;
-inline constexpr int kMoveBlocksPerSm = 6;  // what shared memory has room for
 inline constexpr int64_t kFewMoveBlocks = 256;
-inline constexpr int64_t kEnoughMoveBlocks = 768;  // six on most SMs of an H200
-inline constexpr int64_t kSectorBytes = 32;        // the smallest slice: a unit of DRAM traffic
+inline constexpr int64_t kEnoughMoveBlocks = 768;
+inline constexpr int64_t kSectorBytes = 32;  // the narrowest slice: a unit of DRAM traffic
+
+// Limits.
 inline constexpr int64_t kMaxMovedRows = 1 << 30;  // of a list; leaves room to count beyond
 inline constexpr int kMaxMovedTensors = 64;        // per launch: parameters stay under 4 KiB
 

@@ -68,27 +68,31 @@ def test_public_function_is_the_op(op: str, sample: str) -> None:
 
 
 @every_sample
-def test_opcheck(backend: Backend, op: str, sample: str) -> None:
-    arguments = make_sample(op, sample, Sizes(backend.device))
-    torch.library.opcheck(backend.op(op).default, (), arguments)
+def test_opcheck(traceable_backend: Backend, op: str, sample: str) -> None:
+    arguments = make_sample(op, sample, Sizes(traceable_backend.device))
+    torch.library.opcheck(traceable_backend.op(op).default, (), arguments)
 
 
 @every_sample
-def test_fake_kernel(backend: Backend, op: str, sample: str) -> None:
-    assert_fake_matches(backend, op, make_sample(op, sample, larger(backend.device)))
+def test_fake_kernel(traceable_backend: Backend, op: str, sample: str) -> None:
+    assert_fake_matches(
+        traceable_backend, op, make_sample(op, sample, larger(traceable_backend.device))
+    )
 
 
 @every_sample
-def test_compile(backend: Backend, op: str, sample: str) -> None:
-    small = make_sample(op, sample, Sizes(backend.device, qo_len=5))
-    large = make_sample(op, sample, Sizes(backend.device, 2, 3, 6, 3, 6, 9, 24, num_rows=4, k=4))
-    assert_compiles(backend, op, [small, large], "aot_eager")
+def test_compile(traceable_backend: Backend, op: str, sample: str) -> None:
+    small = make_sample(op, sample, Sizes(traceable_backend.device, qo_len=5))
+    large = make_sample(
+        op, sample, Sizes(traceable_backend.device, 2, 3, 6, 3, 6, 9, 24, num_rows=4, k=4)
+    )
+    assert_compiles(traceable_backend, op, [small, large], "aot_eager")
 
 
 @pytest.mark.parametrize("op", ["compact_kv_", "score_and_compact"])
-def test_compile_with_inductor(backend: Backend, op: str) -> None:
-    arguments = make_sample(op, "full", Sizes(backend.device))
-    assert_compiles(backend, op, [arguments], "inductor")
+def test_compile_with_inductor(traceable_backend: Backend, op: str) -> None:
+    arguments = make_sample(op, "full", Sizes(traceable_backend.device))
+    assert_compiles(traceable_backend, op, [arguments], "inductor")
 
 
 @every_sample

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import kvevict  # registers torch.ops.kvevict
+from tests.emulation.library import load_ops
 
 OPS = (
     "null",
@@ -35,12 +36,18 @@ class Backend:
     def op(self, name: str) -> Callable[..., Any]:
         """Return torch.ops.<namespace>.<name>; skip the test if it has no CUDA kernel yet."""
         qualified = f"{self.namespace}::{name}"
-        if self.device == "cuda" and not torch._C._dispatch_has_kernel_for_dispatch_key(
-            qualified, "CUDA"
-        ):
+        if not has_kernel(qualified, self.device):
             pytest.skip(f"{qualified} has no CUDA kernel")
         packet: Callable[..., Any] = getattr(getattr(torch.ops, self.namespace), name)
         return packet
+
+
+def has_kernel(op: str, device: str) -> bool:
+    """Return whether namespace::name is registered for tensors on a device."""
+    try:
+        return torch._C._dispatch_has_kernel_for_dispatch_key(op, device.upper())
+    except RuntimeError:  # no such op
+        return False
 
 
 CPU = Backend("cpu", "cpu")
@@ -51,7 +58,7 @@ CUDA = Backend("cuda", "cuda")
 def available_backends() -> list[Backend]:
     """Return the backends of this machine and this build."""
     backends = [CPU]
-    if hasattr(torch.ops.kvevict_emulated, "null"):
+    if load_ops():
         backends.append(EMULATED)
     if torch.cuda.is_available() and kvevict.build_info()["cuda_version"]:
         backends.append(CUDA)

@@ -5,8 +5,8 @@
 
 #include <algorithm>
 
+#include "core/arena.h"
 #include "core/attention.h"
-#include "core/cpu/arena.h"
 
 namespace kvevict {
 

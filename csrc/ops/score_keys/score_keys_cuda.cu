@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "core/cpu/arena.h"
+#include "core/arena.h"
 #include "cuda/attention_kernels.h"
 #include "ops/score_keys/score_keys.h"
 

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "core/cpu/arena.h"
+#include "core/arena.h"
 #include "core/cpu/isa.h"
 #include "core/order.h"
 
