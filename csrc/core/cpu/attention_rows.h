@@ -279,6 +279,19 @@ void attend(const AttentionParams& attention, int64_t batch, int64_t kv_head,
   }
 }
 
+// A row that saw a NaN makes the keys that it sees NaN, and no others.
+inline void spread_nan(RowBlock& block, int64_t i) {
+  for (int64_t panel = 0; panel < block.num_panels; ++panel) {
+    float* exponentials = block.exponentials + (panel * block.capacity + i) * kPanel;
+    for (int lane = 0; lane < kPanel; ++lane) {
+      if (exponentials[lane] != 0.0f) exponentials[lane] = block.normalizer[i];
+    }
+    block.references[panel * block.capacity + i] = 0.0f;
+  }
+  block.reference[i] = 0.0f;
+  block.factor[i] = 1.0f;
+}
+
 // Fills block.factor: what turns exponentials against the final reference into weighted
 // probabilities. A row that sees no key has none.
 template <typename Weight>
@@ -286,6 +299,7 @@ void weigh(RowBlock& block, Weight&& weight) {
   for (int64_t i = 0; i < block.num_rows; ++i) {
     const float normalizer = block.normalizer[i];
     block.factor[i] = normalizer == 0.0f ? 0.0f : weight(block.rows[i]) / normalizer;
+    if (std::isnan(block.factor[i])) spread_nan(block, i);
   }
 }
 
@@ -298,13 +312,7 @@ inline void for_probabilities(const RowBlock& block, int64_t panel, int64_t i, F
   if (reference != block.reference[i]) {
     factor *= exp2(broadcast(reference - block.reference[i]))[0];
   }
-  for (int j = 0; j < kTileVecs; ++j) {
-    const Vec exponential = load<Vec>(exponentials + j * kLanes);
-    Vec probabilities = exponential * factor;
-    // A row that saw a NaN makes its keys NaN, but not the keys that it does not see.
-    if (factor != factor) probabilities = exponential == 0.0f ? Vec{} : probabilities;
-    use(j, probabilities);
-  }
+  for (int j = 0; j < kTileVecs; ++j) use(j, load<Vec>(exponentials + j * kLanes) * factor);
 }
 
 // Adds to rows[entry - first_entry] ([..][stride]) the mean over query heads [begin_head, end_head)
