@@ -16,15 +16,24 @@ struct BroadcastIndicesParams {
 
   KVEVICT_HD int64_t num_lists() const { return num_layers * batch_size * num_kv_heads; }
 
+  // The pages of a sequence in a layer; only with block_tables.
+  KVEVICT_HD const int32_t* table(int64_t layer, int64_t batch) const {
+    return block_tables + layer * tables_stride_layer + batch * max_pages;
+  }
+  // The slot of a position; -1 without a page.
+  KVEVICT_HD int32_t slot(const int32_t* table, int32_t position) const {
+    if (position < 0) return -1;
+    const auto size = static_cast<int32_t>(page_size);
+    const int32_t page = table[position / size];
+    return page < 0 ? -1 : page * size + position % size;
+  }
+
   // Entry i of a list: a position or, through a block table, a slot; -1 stays -1.
   KVEVICT_HD int32_t entry(int64_t layer, int64_t batch, int64_t head, int64_t i) const {
     if (i >= kept.len(layer, batch, head)) return -1;
     int32_t position = kept.list(layer, batch, head)[i];
     if (base.indices) position = base.list(layer, batch, head)[position];
-    if (!block_tables || position < 0) return position;
-    const int32_t* table = block_tables + layer * tables_stride_layer + batch * max_pages;
-    const int64_t page = table[position / page_size];
-    return page < 0 ? -1 : static_cast<int32_t>(page * page_size + position % page_size);
+    return block_tables ? slot(table(layer, batch), position) : position;
   }
 };
 
