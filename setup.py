@@ -1,4 +1,4 @@
-"""Drives CMake: CMakeLists.txt is the one description of the build, pyproject.toml of the package."""
+"""Drives CMake: CMakeLists.txt describes the build, pyproject.toml the package."""
 
 import os
 import subprocess

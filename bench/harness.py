@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import gc
 import math
+import os
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -95,6 +97,26 @@ def take_sample(run: Run, inputs: Any) -> Sample:
     cpu = time.process_time() - cpu
     del result
     return Sample(wall, cpu)
+
+
+class OtherProcesses:
+    """How much of the processor everybody else has used since this was made."""
+
+    def __init__(self) -> None:
+        """Starts to count."""
+        self._begin = self._now()
+
+    def share(self) -> float:
+        """0 is a quiet machine, 1 one whose every core was busy with something else."""
+        wall, busy, own = (now - then for now, then in zip(self._now(), self._begin, strict=True))
+        return max(0.0, busy - own) / (wall * (os.cpu_count() or 1))
+
+    @staticmethod
+    def _now() -> tuple[float, float, float]:
+        total = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]
+        user, nice, system, _, _, irq, softirq, steal = map(int, total[:8])
+        ticks = user + nice + system + irq + softirq + steal
+        return time.perf_counter(), ticks / os.sysconf("SC_CLK_TCK"), time.process_time()
 
 
 def undisturbed(samples: list[Sample]) -> list[Sample]:
@@ -277,12 +299,16 @@ def run_case(
     benchmark.group = case.op
     gc.collect()
     gc.disable()
+    others = OtherProcesses()
     try:
         benchmark.pedantic(rounds.run_ours, setup=rounds.run_peers, rounds=rounds.number)
     finally:
         gc.enable()
+    share = others.share()
     at_most = before.at_best(ceilings.measure())
-    return make_row(case, rounds.timings(), at_most, peak_bytes)
+    row = make_row(case, rounds.timings(), at_most, peak_bytes, share)
+    row.goals = [goal.judge(row) for goal in case.goals]
+    return row
 
 
 def make_row(
@@ -290,11 +316,12 @@ def make_row(
     timings: Mapping[str, Timing],
     at_most: Ceilings,
     peak_bytes: Mapping[str, int],
+    others: float,
 ) -> Row:
     """The row of the report of a timed case."""
     compute = sum(stage.compute_seconds(at_most) for stage in case.stages)
     memory = sum(stage.memory_seconds(at_most) for stage in case.stages)
-    row = Row(
+    return Row(
         op=case.op,
         case=case.name,
         timings=dict(timings),
@@ -304,6 +331,5 @@ def make_row(
         num_bytes=sum(stage.num_bytes for stage in case.stages),
         peak_bytes={n: peak_bytes[n] for n in case.contenders if n in peak_bytes},
         ceilings=at_most.as_dict(),
+        others=others,
     )
-    row.goals = [goal.judge(row) for goal in case.goals]
-    return row

@@ -10,6 +10,9 @@ from typing import Any
 
 OURS = "kvevict"
 
+# Part of the processor that other processes may have while a case is timed.
+MOST_OF_OTHERS = 0.05
+
 
 @dataclass(frozen=True)
 class Timing:
@@ -37,7 +40,10 @@ class Judged:
 
 @dataclass
 class Row:
-    """One measured case. OURS is one of the contenders of timings and peak_bytes."""
+    """One measured case. OURS is one of the contenders of timings and peak_bytes.
+
+    others is the part of the processor that other processes had during the rounds.
+    """
 
     op: str
     case: str
@@ -48,7 +54,13 @@ class Row:
     num_bytes: float
     peak_bytes: dict[str, int]
     ceilings: dict[str, float]
+    others: float
     goals: list[Judged] = field(default_factory=list)
+
+    @property
+    def noisy(self) -> bool:
+        """Whether other processes were busy: then every time of the row is too long."""
+        return self.others > MOST_OF_OTHERS
 
     @property
     def ours(self) -> Timing:
@@ -179,7 +191,7 @@ def _three_digits(value: float) -> str:
 
 
 def describe_ceilings(rows: Sequence[Row]) -> list[str]:
-    """The machine's ceilings over the run, lowest to highest."""
+    """The machine's ceilings over the run, lowest to highest, and how quiet it was."""
 
     def span(name: str) -> str:
         values = [row.ceilings[name] / 1e9 for row in rows]
@@ -191,6 +203,7 @@ def describe_ceilings(rows: Sequence[Row]) -> list[str]:
         f"arithmetic: fp32 FMA {span('fp32_flops')}, {bf16} bf16 {span('bf16_flops')} GFLOP/s",
         f"memory: read {span('read_rate')}, copy {span('copy_rate')}, non-temporal copy "
         f"{span('nt_copy_rate')} GB/s, read and written counted",
+        f"other processes used up to {max(row.others for row in rows):.0%} of the processor",
     ]
 
 
@@ -211,11 +224,15 @@ def describe_rate(row: Row) -> str:
     return f"{_three_digits(row.bytes_per_second / 1e9)} GB/s"
 
 
+def describe_time(row: Row, contender: str) -> str:
+    """The median, marked where it is noisy."""
+    timing = row.timings[contender]
+    return ("~" if timing.noisy or row.noisy else "") + format_seconds(timing.median)
+
+
 def describe_peer(row: Row, peer: str) -> str:
     """Time of a peer and how often ours runs meanwhile."""
-    timing = row.timings[peer]
-    mark = "~" if timing.noisy else ""
-    return f"{mark}{format_seconds(timing.median)} ({row.times_faster(peer):.2f}x)"
+    return f"{describe_time(row, peer)} ({row.times_faster(peer):.2f}x)"
 
 
 def describe_memory(row: Row) -> str:
@@ -238,7 +255,7 @@ def op_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     cells = [
         [
             row.case,
-            ("~" if row.ours.noisy else "") + format_seconds(row.ours.median),
+            describe_time(row, OURS),
             f"{row.ours.spread:.0%}",
             describe_floor(row),
             describe_rate(row),
@@ -257,9 +274,8 @@ def format_terminal(rows: Sequence[Row]) -> str:
     for op, of_op in group_by_op(rows):
         header, cells = op_table(of_op)
         blocks.append("\n".join([op, *align(_without_empty_columns([header, *cells]))]))
-    if any(timing.noisy for row in rows for timing in row.timings.values()):
-        blocks.append("~ other processes took part of the processor: measure again on a quiet one")
-    return "\n\n".join(blocks)
+    text = "\n\n".join(blocks)
+    return f"{text}\n\n~ disturbed by other processes: measure again" if "~" in text else text
 
 
 def group_by_op(rows: Iterable[Row]) -> list[tuple[str, list[Row]]]:
@@ -281,7 +297,7 @@ def format_markdown(rows: Sequence[Row]) -> str:
         peers = ", ".join(f"{peer} {describe_peer(row, peer)}" for peer in row.peers)
         floor = f"{row.fraction_of_floor:.0%}" if row.floor_seconds else "-"
         goals = ", ".join(f"{goal.goal} {'✓' if goal.met else '✗'}" for goal in row.goals)
-        cells = [f"`{row.op}`", row.case, format_seconds(row.ours.median), floor]
+        cells = [f"`{row.op}`", row.case, describe_time(row, OURS), floor]
         lines.append("| " + " | ".join([*cells, peers, describe_memory(row), goals]) + " |")
     return "\n".join(lines)
 

@@ -220,7 +220,7 @@ def _draw_votes(axes: Any, image: Tensor, layers: Sequence[LayerPicture]) -> Non
     axes.set_yticks([])
     for spine in axes.spines.values():
         spine.set_visible(False)
-    axes.set_title("kept by how many layers", fontsize=12, fontweight="bold", loc="left", pad=6)
+    axes.set_title("layers per patch", fontsize=12, fontweight="bold", loc="left", pad=6)
     bar = axes.figure.colorbar(picture, ax=axes, fraction=0.045, pad=0.03)
     bar.outline.set_visible(False)
     bar.ax.tick_params(length=0, labelsize=8, labelcolor=MUTED)

@@ -172,6 +172,12 @@ void Check::at_least(int64_t value, const std::string& argument, int64_t minimum
   }
 }
 
+void Check::in_range(int64_t value, const std::string& argument, int64_t low, int64_t high) const {
+  if (low <= value && value < high) return;
+  fail(argument, "be in [" + std::to_string(low) + ", " + std::to_string(high) + ")",
+       std::to_string(value));
+}
+
 void Check::one_of(int64_t value, const std::string& argument,
                    std::initializer_list<const char*> names) const {
   if (0 <= value && value < static_cast<int64_t>(names.size())) return;

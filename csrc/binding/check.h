@@ -34,6 +34,7 @@ class Check {
               const std::string& reference_name) const;
   void contiguous_last_dim(const Tensor& tensor, const std::string& argument) const;
   void at_least(int64_t value, const std::string& argument, int64_t minimum) const;
+  void in_range(int64_t value, const std::string& argument, int64_t low, int64_t high) const;
   void one_of(int64_t value, const std::string& argument,
               std::initializer_list<const char*> names) const;
   void finite(double value, const std::string& argument) const;

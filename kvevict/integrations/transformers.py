@@ -194,6 +194,12 @@ class EvictedLayer(DynamicLayer):  # type: ignore[misc]
             stored = self.keys.shape[-2]
             self.slots, self.modality = self.slots[..., :stored], self.modality[..., :stored]
 
+    def reset(self) -> None:
+        """Forget everything; the next forward starts with an ordinary layer."""
+        # Older versions of transformers only zero the tensors, and keep their length.
+        self.keys, self.values = self.keys[:, :, :0], self.values[:, :, :0]
+        super().reset()
+
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Reorder the sequences, for beam search."""
         super().reorder_cache(beam_idx)

@@ -51,6 +51,10 @@ class Check:
         if value < minimum:
             self.fail(argument, f"be at least {minimum}", value)
 
+    def in_range(self, value: Size, argument: str, low: int, high: int) -> None:
+        if not low <= value < high:
+            self.fail(argument, f"be in [{low}, {high})", value)
+
     def one_of(self, value: int, argument: str, names: Sequence[str]) -> None:
         if not 0 <= value < len(names):
             words = [f"{i} ({name})" for i, name in enumerate(names)]

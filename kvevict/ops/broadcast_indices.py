@@ -91,7 +91,7 @@ def _(
             kept_indices,
             "kept_indices",
         )
-        check.at_least(page_size, "page_size", 1)
+        check.in_range(page_size, "page_size", 1, 2**31)
     check_kept_indices(
         check,
         kept_indices,

@@ -47,8 +47,8 @@ def score_keys_by_text(
         ValueError: naming the argument, what it must be and what it is. Values of ``row_index``
             are checked on the CPU only.
 
-    O(num_qo_heads * num_rows * kv_len * head_dim) time; extra memory num_rows * kv_len floats per
-    sequence, without a factor of heads.
+    O(num_qo_heads * num_rows * kv_len * head_dim) time; extra memory at most 4 * num_rows * kv_len
+    floats per sequence, however many heads.
     """
     results: tuple[Tensor, Tensor, Tensor] = torch.ops.kvevict.score_keys_by_text(
         query, key, row_index, softmax_lse=softmax_lse, key_mask=key_mask, sm_scale=sm_scale

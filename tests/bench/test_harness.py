@@ -70,6 +70,7 @@ def test_row_adds_the_floors_of_its_stages() -> None:
         {OURS: timing(0.06), "peer": timing(0.3)},
         MACHINE,
         {"peer": 5, OURS: 0, "somebody": 1},
+        others=0.25,
     )
     assert row.floor_seconds == pytest.approx(0.03)
     assert row.compute_bound

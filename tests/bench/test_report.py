@@ -38,6 +38,7 @@ def row_of(
     spread: float = 0.01,
     peer_seconds: float = 0.050,
     compute_bound: bool = True,
+    others: float = 0.01,
 ) -> Row:
     def timing(median: float) -> Timing:
         return Timing(median, spread, (median, median), 30, False)
@@ -52,6 +53,7 @@ def row_of(
         num_bytes=3e8,
         peak_bytes={OURS: 0, "eager": 150_000_000},
         ceilings=CEILINGS,
+        others=others,
     )
 
 
@@ -120,6 +122,12 @@ def test_noisy_rows_are_marked() -> None:
     text = format_terminal([row])
     assert "~10.0 ms" in text
     assert "measure again" in text
+
+
+def test_all_times_are_marked_where_others_were_busy() -> None:
+    text = format_terminal([row_of(others=0.3)])
+    assert "~10.0 ms" in text
+    assert "~50.0 ms" in text
 
 
 def test_markdown_has_one_line_per_row() -> None:

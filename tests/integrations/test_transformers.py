@@ -609,9 +609,10 @@ def test_every_turn_with_shared_lists() -> None:
 @pytest.mark.parametrize("name", ["llava", "qwen3_vl"])
 def test_beam_search_reorders_the_bookkeeping(name: str, policy: PrefillPolicy) -> None:
     model = get_model(name)
-    inputs = make_inputs(model, BATCH)
+    # One image per row: older versions of transformers mix up the images of a row with beams.
+    inputs = make_inputs(model, [ONE_IMAGE, Row(9, (14,))])
     prompt_len = inputs["input_ids"].shape[1]
-    options = {"num_beams": 3, "num_return_sequences": 2, "num_new": 7}
+    options = {"num_beams": 3, "num_return_sequences": 2, "num_new": 7, "output_scores": True}
     with kvevict.evict(model, policy) as eviction:
         actual = generate(model, inputs, **options)
     with masked_reference(model, prompt_len, kept_masks(eviction, prompt_len)):

@@ -321,7 +321,7 @@ def _broadcast_indices() -> Iterator[Refusal]:
         heads=lengthen(2),
     )
     yield from _tensor(op, "block_tables", torch.int64, layers=lengthen(0), batch_size=shorten(1))
-    yield from _rows(op, "page_size", {"zero": to(0), "negative": to(-1)})
+    yield from _rows(op, "page_size", {"zero": to(0), "negative": to(-1), "huge": to(2**31)})
     yield from _rows(
         op,
         "block_tables",

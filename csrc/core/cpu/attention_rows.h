@@ -70,17 +70,25 @@ inline int64_t packed_depth(const AttentionParams& attention) {
   return attention.head_dim / ProductOf<dtype>::type::kElements;
 }
 
+// Queries take over the sign of sm_scale, so that larger products are larger logits.
 template <DType dtype>
 void pack_queries(const AttentionParams& attention, int64_t batch, RowBlock& block) {
   constexpr DType kPacked = ProductOf<dtype>::kPacked;
+  constexpr uint32_t kSigns = ProductOf<dtype>::type::kElements == 2 ? 0x80008000u : 0x80000000u;
+  const uint32_t flip = attention.sm_scale < 0.0f ? kSigns : 0;
   const int64_t depth = packed_depth<dtype>(attention);
   for (int64_t i = 0; i < block.num_rows; ++i) {
     const AttentionRow& row = block.rows[i];
     const void* source = element_address<dtype>(attention.query, batch, row.head, row.row);
     float* packed = block.query + i * depth;
     int64_t d = 0;
-    for (; d + kLanes <= depth; d += kLanes) store(packed + d, load_as_float<kPacked>(source, d));
-    for (; d < depth; ++d) packed[d] = element_as_float<kPacked>(source, d);
+    for (; d + kLanes <= depth; d += kLanes) {
+      store(packed + d, bit_cast<UintVec>(load_as_float<kPacked>(source, d)) ^ flip);
+    }
+    for (; d < depth; ++d) {
+      const float element = element_as_float<kPacked>(source, d);
+      packed[d] = bit_cast<float>(bit_cast<uint32_t>(element) ^ flip);
+    }
   }
 }
 
@@ -170,7 +178,7 @@ inline void multiply_tile(const float* query, const float* panel, int64_t depth,
   for (int i = 0; i < num_rows; ++i) use_row(i, sums[i]);
 }
 
-// Calls use_row(i, logits) for every row of the block, with its products with the panel's keys.
+// Calls use_row(i, products) for every row of the block, with its products with the panel's keys.
 template <typename Product, typename F>
 inline void multiply_panel(const RowBlock& block, int64_t depth, F&& use_row) {
   int64_t first = 0;
@@ -209,7 +217,7 @@ void attend(const AttentionParams& attention, int64_t batch, int64_t kv_head,
   constexpr float kUnset = -0x1p100f;
   const float slack = softmax_lse ? kInfinity : 16.0f;
   const int64_t depth = packed_depth<dtype>(attention);
-  const float scale = attention.sm_scale * kLog2E;
+  const float scale = std::fabs(attention.sm_scale) * kLog2E;
 
   pack_queries<dtype>(attention, batch, block);
   int64_t last_key = 0, first_edge = attention.kv_len - 1;
@@ -243,19 +251,20 @@ void attend(const AttentionParams& attention, int64_t batch, int64_t kv_head,
     auto next_panel = PanelPrefetch::of<dtype>(attention, batch, kv_head, first_key + kPanel);
     const int64_t lines_per_row = next_panel.num_lines() / block.num_rows + 1;
 
-    multiply_panel<Product>(block, depth, [&](int64_t i, Vec(&logits)[kTileVecs]) {
+    multiply_panel<Product>(block, depth, [&](int64_t i, Vec(&products)[kTileVecs]) {
       next_panel.fetch(lines_per_row);
-      for (int j = 0; j < kTileVecs; ++j) logits[j] *= scale;
+      IntVec visible[kTileVecs];
       if (masked) {
         const auto seen = static_cast<int32_t>(
             std::clamp<int64_t>(block.rows[i].last_key - first_key, -1, kPanel));
         for (int j = 0; j < kTileVecs; ++j) {
-          const IntVec visible = real[j] & (lane_indices() + j * kLanes <= seen);
-          logits[j] = visible ? logits[j] : broadcast(-kInfinity);
+          visible[j] = real[j] & (lane_indices() + j * kLanes <= seen);
+          products[j] = visible[j] ? products[j] : broadcast(-kInfinity);
         }
       }
-      Vec largest = logits[0];
-      for (int j = 1; j < kTileVecs; ++j) largest = max(logits[j], largest);
+      Vec largest = products[0];
+      for (int j = 1; j < kTileVecs; ++j) largest = max(products[j], largest);
+      largest *= scale;
       Vec sum = load<Vec>(block.sum + i * kLanes);
       float reference = block.reference[i];
       if (any(largest > reference + slack)) {
@@ -264,7 +273,8 @@ void attend(const AttentionParams& attention, int64_t batch, int64_t kv_head,
         block.reference[i] = reference = raised;
       }
       for (int j = 0; j < kTileVecs; ++j) {
-        const Vec exponential = exp2(logits[j] - reference);
+        Vec exponential = exp2(products[j] * scale - reference);
+        if (masked) exponential = visible[j] ? exponential : Vec{};
         sum += exponential;
         if constexpr (with_exponentials) {
           store(exponentials + i * kPanel + j * kLanes, exponential);
@@ -279,6 +289,19 @@ void attend(const AttentionParams& attention, int64_t batch, int64_t kv_head,
   }
 }
 
+// A row that saw a NaN makes the keys that it sees NaN, and no others.
+inline void spread_nan(RowBlock& block, int64_t i) {
+  for (int64_t panel = 0; panel < block.num_panels; ++panel) {
+    float* exponentials = block.exponentials + (panel * block.capacity + i) * kPanel;
+    for (int lane = 0; lane < kPanel; ++lane) {
+      if (exponentials[lane] != 0.0f) exponentials[lane] = block.normalizer[i];
+    }
+    block.references[panel * block.capacity + i] = 0.0f;
+  }
+  block.reference[i] = 0.0f;
+  block.factor[i] = 1.0f;
+}
+
 // Fills block.factor: what turns exponentials against the final reference into weighted
 // probabilities. A row that sees no key has none.
 template <typename Weight>
@@ -286,6 +309,7 @@ void weigh(RowBlock& block, Weight&& weight) {
   for (int64_t i = 0; i < block.num_rows; ++i) {
     const float normalizer = block.normalizer[i];
     block.factor[i] = normalizer == 0.0f ? 0.0f : weight(block.rows[i]) / normalizer;
+    if (std::isnan(block.factor[i])) spread_nan(block, i);
   }
 }
 
@@ -298,23 +322,17 @@ inline void for_probabilities(const RowBlock& block, int64_t panel, int64_t i, F
   if (reference != block.reference[i]) {
     factor *= exp2(broadcast(reference - block.reference[i]))[0];
   }
-  for (int j = 0; j < kTileVecs; ++j) {
-    const Vec exponential = load<Vec>(exponentials + j * kLanes);
-    Vec probabilities = exponential * factor;
-    // A row that saw a NaN makes its keys NaN, but not the keys that it does not see.
-    if (factor != factor) probabilities = exponential == 0.0f ? Vec{} : probabilities;
-    use(j, probabilities);
-  }
+  for (int j = 0; j < kTileVecs; ++j) use(j, load<Vec>(exponentials + j * kLanes) * factor);
 }
 
-// Adds to rows[entry - first_entry] ([..][stride]) the mean over query heads [begin_head, end_head)
-// of the weighted rows of the attention matrix, for voting entries [first_entry, end_entry). Heads
-// are added in ascending order.
+// Adds to rows[entry - first_entry] ([..][stride]) the weighted rows of the attention matrix of
+// query heads [begin_head, end_head), divided by num_heads, for voting entries [first_entry,
+// end_entry). Heads are added in ascending order.
 template <DType dtype>
 void add_mean_rows(const AttentionParams& attention, const VotingRows& voting, int64_t batch,
-                   int64_t begin_head, int64_t end_head, int64_t first_entry, int64_t end_entry,
-                   RowBlock& block, float* rows, int64_t stride) {
-  const float scale = 1.0f / static_cast<float>(end_head - begin_head);
+                   int64_t begin_head, int64_t end_head, int64_t num_heads, int64_t first_entry,
+                   int64_t end_entry, RowBlock& block, float* rows, int64_t stride) {
+  const float scale = 1.0f / static_cast<float>(num_heads);
   const int64_t group_size = attention.group_size();
   const auto flush = [&](int64_t kv_head) {
     if (block.num_rows == 0) return;

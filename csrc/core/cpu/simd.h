@@ -89,21 +89,31 @@ inline uint32_t to_bits(IntVec mask) {
 
 inline bool any(IntVec mask) { return to_bits(mask) != 0; }
 
-// 2^t within 2 ulp; 0 below 2^-125, inf from 2^128, NaN for NaN.
-inline Vec exp2(Vec t) {
-  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-  t = t > 128.0f ? broadcast(128.0f) : t;
-  const Vec shifted = t + kRound;
-  const Vec r = t - (shifted - kRound);
-  Vec p = broadcast(0x1.4855c4p-13f);  // minimax on [-1/2, 1/2] with p(0) = 1, error 1.1e-8
+// 2^r for r in [-1/2, 1/2]: minimax with p(0) = 1, relative error 1.1e-8.
+inline Vec exp2_fraction(Vec r) {
+  Vec p = broadcast(0x1.4855c4p-13f);
   p = p * r + 0x1.5fd0eep-10f;
   p = p * r + 0x1.3b243cp-7f;
   p = p * r + 0x1.c6ad7ep-5f;
   p = p * r + 0x1.ebfbe4p-3f;
   p = p * r + 0x1.62e432p-1f;
-  p = p * r + 1.0f;
+  return p * r + 1.0f;
+}
+
+// 2^t within 2 ulp; 0 or subnormal below 2^-125, inf from 2^128, NaN for NaN.
+inline Vec exp2(Vec t) {
+#if defined(__AVX512F__)
+  t = t < -200.0f ? broadcast(-200.0f) : t;
+  const auto whole = (Vec)_mm512_roundscale_ps((__m512)t, _MM_FROUND_TO_NEAREST_INT);
+  return (Vec)_mm512_scalef_ps((__m512)exp2_fraction(t - whole), (__m512)whole);
+#else
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+  t = t > 128.0f ? broadcast(128.0f) : t;
+  const Vec shifted = t + kRound;
+  const Vec p = exp2_fraction(t - (shifted - kRound));
   const Vec result = bit_cast<Vec>(bit_cast<UintVec>(p) + (bit_cast<UintVec>(shifted) << 23));
   return t < -125.0f ? Vec{} : result;
+#endif
 }
 
 // kLanes elements of a tensor as floats.

@@ -16,8 +16,22 @@ struct BroadcastIndicesParams {
 
   KVEVICT_HD int64_t num_lists() const { return num_layers * batch_size * num_kv_heads; }
 
-  // Entry i of a list: a position or, through a block table, a slot; -1 stays -1, and what is out
-  // of range becomes -1.
+  // The pages of a sequence in a layer; only with block_tables.
+  KVEVICT_HD const int32_t* table(int64_t layer, int64_t batch) const {
+    return block_tables + layer * tables_stride_layer + batch * max_pages;
+  }
+  // The slot of a position; -1 without a page.
+  KVEVICT_HD int32_t slot(const int32_t* table, int32_t position) const {
+    constexpr int64_t kPositions = int64_t{1} << 31;
+    const auto size = static_cast<uint32_t>(page_size < kPositions ? page_size : kPositions);
+    const auto at = static_cast<uint32_t>(position);
+    if (position < 0 || at / size >= max_pages) return -1;
+    const int32_t page = table[at / size];
+    return page < 0 ? -1 : static_cast<int32_t>(page * size + at % size);
+  }
+
+  // Entry i of a list: a position or, through a block table, a slot; -1 stays -1, and so becomes
+  // what is out of range.
   KVEVICT_HD int32_t entry(int64_t layer, int64_t batch, int64_t head, int64_t i) const {
     if (i >= kept.len(layer, batch, head)) return -1;
     int32_t position = kept.list(layer, batch, head)[i];
@@ -25,11 +39,7 @@ struct BroadcastIndicesParams {
       const bool found = position >= 0 && position < base.k;
       position = found ? base.list(layer, batch, head)[position] : -1;
     }
-    if (!block_tables || position < 0) return position;
-    const int32_t* table = block_tables + layer * tables_stride_layer + batch * max_pages;
-    const int64_t page_index = position / page_size;
-    const int64_t page = page_index < max_pages ? table[page_index] : -1;
-    return page < 0 ? -1 : static_cast<int32_t>(page * page_size + position % page_size);
+    return block_tables ? slot(table(layer, batch), position) : position;
   }
 };
 

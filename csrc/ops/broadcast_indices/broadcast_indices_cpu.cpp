@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "ops/broadcast_indices/broadcast_indices.h"
 
+#include <algorithm>
+
 namespace kvevict {
 
 template <>
@@ -11,7 +13,18 @@ void BroadcastIndices::run_cpu<kThisIsa>(const BroadcastIndicesParams& params,
     const int64_t batch = item / params.num_kv_heads % params.batch_size;
     const int64_t layer = item / params.num_kv_heads / params.batch_size;
     int32_t* out = params.indices + item * params.kept.k;
-    for (int64_t i = 0; i < params.kept.k; ++i) out[i] = params.entry(layer, batch, head, i);
+    const int32_t* kept = params.kept.list(layer, batch, head);
+    const int64_t len = params.kept.len(layer, batch, head);
+    std::copy(kept, kept + len, out);
+    std::fill(out + len, out + params.kept.k, -1);
+    if (params.base.indices) {
+      const int32_t* base = params.base.list(layer, batch, head);
+      for (int64_t i = 0; i < len; ++i) out[i] = base[out[i]];
+    }
+    if (params.block_tables) {
+      const int32_t* table = params.table(layer, batch);
+      for (int64_t i = 0; i < len; ++i) out[i] = params.slot(table, out[i]);
+    }
   }
 }
 

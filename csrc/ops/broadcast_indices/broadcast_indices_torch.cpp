@@ -43,7 +43,7 @@ Tensor broadcast_indices(const Tensor& kept_indices, const Tensor& kept_lens, in
   if (block_tables) {
     check.companion(*block_tables, "block_tables", ScalarType::Int,
                     {{num_layers, 1}, shape.batch_size, kAny}, kept_indices, "kept_indices");
-    check.at_least(page_size, "page_size", 1);
+    check.in_range(page_size, "page_size", 1, kSlots);
     num_positions = block_tables->size(2) * page_size;
   }
   const std::optional<Tensor> base = dense(base_indices), tables = dense(block_tables);

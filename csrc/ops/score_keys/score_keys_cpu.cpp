@@ -109,7 +109,8 @@ void max_of_mean_rows(const ScoreKeysParams& params, const CpuWork& work, int64_
       const int64_t end = std::min(entry + block.capacity, end_entry);
       std::fill(rows, rows + (end - entry) * stride, 0.0f);
       add_mean_rows<dtype>(attention, params.voting, batch, begin_head,
-                           begin_head + params.heads_per_score(), entry, end, block, rows, stride);
+                           begin_head + params.heads_per_score(), params.heads_per_score(), entry,
+                           end, block, rows, stride);
       for (int64_t i = 0; i < end - entry; ++i) {
         for (int64_t key = 0; key < stride; key += kLanes) {
           const Vec row = load<Vec>(rows + i * stride + key);

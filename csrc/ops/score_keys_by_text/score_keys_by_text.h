@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <algorithm>
+
 #include "core/attention.h"
 #include "core/cpu/isa.h"
 #include "core/cpu/row_block.h"
@@ -21,12 +23,24 @@ struct ScoreKeysByTextParams {
   }
 };
 
-// Three phases: the head-mean text rows (the only thing written out: no heads, text rows only),
-// their weights from the text-text block, the two column sums.
+// Three phases: the head-mean text rows, in a few parts by head, so that threads need not all read
+// all keys; their weights from the text-text block; the two column sums.
 struct ScoreKeysByText {
+  // How many parts the mean over heads is computed in. It depends on shapes only, so that sums do
+  // not depend on the number of threads.
+  static int64_t num_parts(const ScoreKeysByTextParams& params) {
+    constexpr int64_t kMaxParts = 4;
+    constexpr int64_t kMaxBytes = 64 << 20;
+    const int64_t bytes = std::max<int64_t>(params.text.num_rows, 1) *
+                          std::max(padded_kv_len(params.attention), kMaxPanel) *
+                          int64_t{sizeof(float)};
+    const int64_t heads = params.attention.num_kv_heads;
+    return std::clamp<int64_t>(kMaxBytes / bytes, 1, std::min(kMaxParts, heads));
+  }
+
   static CpuPlan plan_cpu(const ScoreKeysByTextParams& params, int /*num_threads*/) {
     const AttentionParams& attention = params.attention;
-    const int64_t num_rows = attention.batch_size * params.text.num_rows;
+    const int64_t num_rows = attention.batch_size * num_parts(params) * params.text.num_rows;
     const int64_t num_panels = attention.batch_size * padded_kv_len(attention) / kMaxPanel;
     Arena scratch;
     RowBlock::carve(scratch, attention, /*with_exponentials=*/true);

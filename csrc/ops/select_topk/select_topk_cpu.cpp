@@ -42,16 +42,39 @@ void make_keys(const float* scores, const uint8_t* priority, int64_t kv_len, int
   }
 }
 
+uint32_t largest_key(const uint32_t* keys, int64_t count) {
+  uint32_t largest = 0;
+  for (int64_t i = 0; i < count; ++i) largest = std::max(largest, keys[i]);
+  return largest;
+}
+
+// find_threshold for a few keys: counts how many are above each.
+uint32_t find_threshold_of_few(const uint32_t* keys, int64_t count, int64_t& need) {
+  for (int64_t candidate = 0;; ++candidate) {
+    int64_t above = 0, equal = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      above += keys[i] > keys[candidate];
+      equal += keys[i] == keys[candidate];
+    }
+    if (above < need && need <= above + equal) {
+      need -= above;
+      return keys[candidate];
+    }
+  }
+}
+
 // The key of the need-th largest of keys (1 <= need <= count), and in `need` how many that equal it
 // are wanted: a radix select, 11 + 11 + 10 bits.
 uint32_t find_threshold(const SelectScratch& scratch, int64_t count, int64_t& need) {
+  constexpr int64_t kFew = 64;
   const uint32_t* keys = scratch.keys;
   uint32_t prefix = 0;
   for (const auto& [shift, bits] : {std::pair{21, 11}, {10, 11}, {0, 10}}) {
+    if (count <= kFew) return find_threshold_of_few(keys, count, need);
     const uint32_t mask = (1u << bits) - 1;
     std::fill(scratch.histogram, scratch.histogram + mask + 1, 0u);
     for (int64_t i = 0; i < count; ++i) ++scratch.histogram[(keys[i] >> shift) & mask];
-    uint32_t bucket = mask;
+    uint32_t bucket = (largest_key(keys, count) >> shift) & mask;
     while (scratch.histogram[bucket] < need) need -= scratch.histogram[bucket--];
     prefix |= bucket << shift;
     if (shift == 0 || scratch.histogram[bucket] == count) continue;
