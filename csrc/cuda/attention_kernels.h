@@ -114,7 +114,7 @@ struct RowShared {
 
 // grid: (row tiles, splits, batch_size * num_kv_heads)
 template <typename Shape>
-__global__ void __launch_bounds__(kTileThreads)
+__global__ void __launch_bounds__(kTileThreads, kTileBlocks)
     row_normalizer_kernel(const RowNormalizerParams params) {
   auto& shared = shared_memory<RowShared<Shape>>();
   const AttentionParams& attention = params.attention;
@@ -310,7 +310,8 @@ __device__ __forceinline__ void write_columns(const float (&total)[Shape::kRowTi
 
 // grid: (key tiles, heads, batch_size) with a part of the scores per head
 template <typename Shape, Statistic statistic, bool text_weighted>
-__global__ void __launch_bounds__(kTileThreads) column_kernel(const ColumnParams params) {
+__global__ void __launch_bounds__(kTileThreads, kTileBlocks)
+    column_kernel(const ColumnParams params) {
   auto& shared = shared_memory<ColumnShared<Shape>>();
   const AttentionParams& attention = params.attention;
   const VotingRows& voting = params.voting;
@@ -404,7 +405,8 @@ __global__ void __launch_bounds__(kTileThreads) column_kernel(const ColumnParams
 // grid: (key tiles, num_score_heads, batch_size). The maximum over rows of the mean over a score's
 // query heads: a tile of rows goes through all heads before it counts.
 template <typename Shape>
-__global__ void __launch_bounds__(kTileThreads) max_of_means_kernel(const ColumnParams params) {
+__global__ void __launch_bounds__(kTileThreads, kTileBlocks)
+    max_of_means_kernel(const ColumnParams params) {
   auto& shared = shared_memory<ColumnShared<Shape>>();
   const AttentionParams& attention = params.attention;
   const VotingRows& voting = params.voting;

@@ -17,8 +17,8 @@ struct TileTuning {
   bool resident;  // A's fragments stay in registers
 };
 // Within 99 KB of shared memory for every shape, so that one choice serves sm_80 to sm_120.
-constexpr TileTuning tile_tuning(int chunks) {
-  if (chunks <= 16) return {2, 64, 3, true};
+constexpr TileTuning tile_tuning(int chunks, int element_bytes) {
+  if (chunks <= 16 && element_bytes == 2) return {2, 64, 3, true};
   if (chunks <= 32) return {1, 32, 2, false};
   return {1, 16, 2, false};
 }
@@ -27,6 +27,8 @@ inline constexpr int kMaxChunks = 64;  // head_dim 256 in float32
 
 inline constexpr int kTileWarps = 4;
 inline constexpr int kTileThreads = 32 * kTileWarps;
+// Blocks per multiprocessor to leave registers for. Without it ptxas spills to fit more.
+inline constexpr int kTileBlocks = 2;
 
 template <DType dtype>
 inline constexpr int kTileElementBytes = dtype == DType::kFloat32 ? 4 : 2;
@@ -36,7 +38,7 @@ struct TileShape {
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kElementBytes = kTileElementBytes<dtype>;
   static constexpr int kChunks = kHeadDim * kElementBytes / 16;
-  static constexpr TileTuning kTuning = tile_tuning(small ? kMaxChunks : kChunks);
+  static constexpr TileTuning kTuning = tile_tuning(small ? kMaxChunks : kChunks, kElementBytes);
   // The same rows in smaller tiles, for kernels that keep more beside the products.
   using Small = TileShape<dtype, kHeadDim, true>;
   static constexpr int kRowTiles = kTuning.row_tiles;
@@ -131,7 +133,7 @@ struct TileMultiplier {
                                            TileProducts<Shape>& products) {
     // The four matrices of an ldmatrix of B are two column tiles of 8 by two chunks.
     const int row = lane_id() % 8 + lane_id() / 16 * 8;
-#pragma unroll
+#pragma unroll(kResident ? Shape::kSteps : 4)
     for (int step = 0; step < Shape::kSteps; ++step) {
       if constexpr (!kResident) load_step(buffers, step, fragments[0]);
       const auto& a = fragments[kResident ? step : 0];

@@ -213,7 +213,7 @@ __device__ void fill_up(int32_t* kept, int64_t count, int64_t k, int64_t thread,
 // --- Short rows: one block each ------------------------------------------------------------------
 
 // A row's slots begin where its scores' first 16 bytes do and hold kKeyNever before and behind it.
-KVEVICT_HD inline int64_t max_slots(int64_t kv_len) { return (kv_len + 3 + 3) / 4 * 4; }
+constexpr int64_t max_slots(int64_t kv_len) { return (kv_len + 3 + 3) / 4 * 4; }
 
 template <int kThreads>
 __global__ void __launch_bounds__(kThreads, kThreadsPerSm / kThreads)
@@ -268,7 +268,6 @@ __global__ void __launch_bounds__(kThreads, kThreadsPerSm / kThreads)
       });
 
   // Every warp lists a part of the row, behind what the warps before it list.
-  constexpr int kWarps = kThreads / kWarpSize;
   const int part = (num_slots + kThreads - 1) / kThreads * kWarpSize;
   const int begin = min(warp * part, num_slots), end = min(begin + part, num_slots);
   uint32_t above = 0, ties = 0;
@@ -283,7 +282,7 @@ __global__ void __launch_bounds__(kThreads, kThreadsPerSm / kThreads)
     shared.warp_ties[warp] = ties;
   }
   __syncthreads();
-  const bool before = lane < warp && lane < kWarps;
+  const bool before = lane < warp;
   above = __reduce_add_sync(kFullWarp, before ? shared.warp_sums[lane] : 0u);
   ties = __reduce_add_sync(kFullWarp, before ? shared.warp_ties[lane] : 0u);
   IndexWriter writer{kept, threshold, above + min(ties, threshold.ties), ties};
@@ -297,7 +296,7 @@ __global__ void __launch_bounds__(kThreads, kThreadsPerSm / kThreads)
 
 // What the kernels of a long row tell each other.
 struct RowState {
-  uint32_t classes[kBuckets];       // keys of each priority
+  uint32_t classes[kBuckets];       // keys of each priority; the rest stays 0
   uint32_t first_digits[kBuckets];  // keys of each first digit
   Need need;
   Threshold threshold;
@@ -315,11 +314,12 @@ struct Segment {
 struct LongRows {
   RowState* states;   // [num_rows]
   Segment* segments;  // [num_rows, num_segments]
-  int64_t num_segments;
-  int64_t blocks_per_row;  // of kernels with a warp per segment
+  uint32_t num_segments;
+  uint32_t blocks_per_row;  // of kernels with a warp per segment
+  int64_t bytes;            // of the workspace
 
   LongRows(const SelectTopkParams& params, void* workspace)
-      : num_segments((params.kv_len + kSegmentKeys - 1) / kSegmentKeys),
+      : num_segments(static_cast<uint32_t>((params.kv_len + kSegmentKeys - 1) / kSegmentKeys)),
         blocks_per_row((num_segments + kSegmentsPerBlock - 1) / kSegmentsPerBlock) {
     Arena arena(static_cast<std::byte*>(workspace));
     const int64_t num_rows = params.batch_size * params.num_heads;
@@ -327,15 +327,15 @@ struct LongRows {
     segments = arena.take<Segment>(num_rows * num_segments);
     bytes = arena.bytes();
   }
-  int64_t bytes;
 
   __device__ Segment* segments_of(int64_t row) const { return segments + row * num_segments; }
 };
 
 // The part of a row that a block of a kernel with a warp per segment sees.
 struct BlockPlace {
-  int64_t row, block;  // of the row
-  int64_t segment;     // of this warp; may be behind the last one
+  int64_t row;
+  uint32_t block;    // of the row
+  uint32_t segment;  // of this warp; may be behind the last one
 
   __device__ explicit BlockPlace(const LongRows& long_rows)
       : row(blockIdx.x / long_rows.blocks_per_row),
@@ -344,7 +344,7 @@ struct BlockPlace {
 
   // Of this lane's key in a word of the segment.
   __device__ uint32_t index(int word) const {
-    return static_cast<uint32_t>(segment * kSegmentKeys + word * kWarpSize + lane_index());
+    return segment * kSegmentKeys + word * kWarpSize + lane_index();
   }
 };
 
@@ -353,6 +353,7 @@ __global__ void __launch_bounds__(kSegmentThreads)
   auto& shared = shared_memory<SelectShared<kSegmentThreads>>();
   const BlockPlace place(long_rows);
   constexpr int64_t kBlockKeys = kSegmentsPerBlock * kSegmentKeys;
+  static_assert(kSegmentThreads == 256);  // a thread per class
   const int64_t begin = place.block * kBlockKeys;
   clear_histogram(shared);
   count_classes<kSegmentThreads>(params.priority_of(place.row), begin,
@@ -438,11 +439,11 @@ __global__ void __launch_bounds__(kDecideThreads) decide_kernel(const LongRows l
   const int64_t row = blockIdx.x;
   RowState& state = long_rows.states[row];
   Segment* segments = long_rows.segments_of(row);
-  const int64_t num_segments = long_rows.num_segments;
+  const uint32_t num_segments = long_rows.num_segments;
   if (state.need.count == 0) return;
   const Threshold threshold =
       find_threshold(shared, state.first_digits, state.need.count, [&](const auto& f) {
-        for (int64_t i = warp_index(); i < num_segments; i += kWarps) {
+        for (uint32_t i = warp_index(); i < num_segments; i += kWarps) {
           const Segment& segment = segments[i];
           for (uint32_t j = lane_index(); j < segment.num_candidates; j += kWarpSize) {
             f(segment.candidates[j]);
@@ -451,7 +452,7 @@ __global__ void __launch_bounds__(kDecideThreads) decide_kernel(const LongRows l
       });
   if (threadIdx.x == 0) state.threshold = threshold;
 
-  for (int64_t i = warp_index(); i < num_segments; i += kWarps) {
+  for (uint32_t i = warp_index(); i < num_segments; i += kWarps) {
     Segment& segment = segments[i];
     uint32_t above = 0, ties = 0;
     for (uint32_t j = lane_index(); j < segment.num_candidates; j += kWarpSize) {
@@ -467,17 +468,17 @@ __global__ void __launch_bounds__(kDecideThreads) decide_kernel(const LongRows l
   }
   __syncthreads();
   // Every thread sums up over some segments.
-  const int64_t per_thread = (num_segments + kDecideThreads - 1) / kDecideThreads;
-  const int64_t begin = min(per_thread * threadIdx.x, num_segments);
-  const int64_t end = min(begin + per_thread, num_segments);
+  const uint32_t per_thread = (num_segments + kDecideThreads - 1) / kDecideThreads;
+  const uint32_t begin = min(per_thread * threadIdx.x, num_segments);
+  const uint32_t end = min(begin + per_thread, num_segments);
   uint32_t above = 0, ties = 0;
-  for (int64_t i = begin; i < end; ++i) {
+  for (uint32_t i = begin; i < end; ++i) {
     above += segments[i].above_before;
     ties += segments[i].ties_before;
   }
   above = block_exclusive_sum<kDecideThreads>(above, shared.warp_sums);
   ties = block_exclusive_sum<kDecideThreads>(ties, shared.warp_sums);
-  for (int64_t i = begin; i < end; ++i) {
+  for (uint32_t i = begin; i < end; ++i) {
     const uint32_t own_above = segments[i].above_before, own_ties = segments[i].ties_before;
     segments[i].above_before = above;
     segments[i].ties_before = ties;
