@@ -6,6 +6,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
+# One architecture for development; wheels have all of CMakeLists.txt.
+KVEVICT_CUDA_ARCHS ?= 90a-real
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 BIN := $(VENV)/bin
@@ -49,5 +51,6 @@ $(VENV)/.requirements: third_party/build-requirements.txt third_party/test-requi
 	touch $@
 
 $(VENV)/.library: $(VENV)/.requirements $(SOURCES)
-	PATH="$(abspath $(BIN)):$$PATH" KVEVICT_HOST_MODULE=ON KVEVICT_EMULATION=ON $(INSTALL) -e .
+	PATH="$(abspath $(BIN)):$$PATH" KVEVICT_HOST_MODULE=ON KVEVICT_EMULATION=ON \
+	  KVEVICT_CUDA_ARCHS=$(KVEVICT_CUDA_ARCHS) $(INSTALL) -e .
 	touch $@

@@ -1,4 +1,4 @@
-"""Fused kernels that evict, merge and compact the KV cache of vision-language models."""
+"""Fused kernels that score, select and compact the KV cache of vision-language models."""
 
 from __future__ import annotations
 
@@ -45,7 +45,12 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     # Importing kvevict must not import transformers.
     if name == "evict":
-        from kvevict.integrations.transformers import evict
-
+        try:
+            from kvevict.integrations.transformers import evict
+        except ModuleNotFoundError as error:
+            if error.name != "transformers":
+                raise
+            message = "kvevict.evict needs transformers: pip install 'kvevict[transformers]'"
+            raise ImportError(message) from error
         return evict
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

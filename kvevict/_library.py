@@ -27,7 +27,8 @@ def load() -> None:
     if not LIBRARY.exists():
         raise LibraryNotBuiltError(
             f"{LIBRARY} does not exist. Build it in the source tree with\n"
-            "  pip install --no-build-isolation --use-pep517 -e ."
+            "  pip install --no-build-isolation --use-pep517 -e .\n"
+            "or, if kvevict is installed, start Python outside of the source tree."
         )
     torch.ops.load_library(str(LIBRARY))  # type: ignore[no-untyped-call]
     wanted = os.environ.get("KVEVICT_CPU_ISA")

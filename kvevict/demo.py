@@ -544,7 +544,7 @@ def print_comparison(task: Task, report: EvictionReport, full: Run, evicted: Run
         ]
     )
     print_table(["", "full", "evicted", ""], rows)
-    print(f"Speeds are the better of {NUM_ROUNDS} rounds.")
+    print(f"Speeds are the better of {NUM_ROUNDS} rounds; other processes change them.")
     print("Agreement: the evicted cache is fed the tokens that the full cache chose.")
     if task.decode is None:
         print("Random weights spread attention over the whole photo, which is hard on agreement;")

@@ -30,6 +30,7 @@ struct CpuPlan {
   int64_t num_items[kMaxPhases];
   int64_t shared_bytes;      // workspace that carries results from phase to phase
   int64_t bytes_per_thread;  // scratch
+  int64_t min_items = 1;     // that are worth a thread
 };
 
 // What one thread does in one phase: items [begin, end).

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "core/arena.h"
@@ -42,7 +43,12 @@ struct SelectTopk {
   static CpuPlan plan_cpu(const SelectTopkParams& params, int /*num_threads*/) {
     Arena scratch;
     SelectScratch::carve(scratch, params.kv_len);
-    return {1, {params.batch_size * params.num_heads}, 0, scratch.bytes()};
+    constexpr int64_t kKeysPerThread = 1 << 15;
+    return {1,
+            {params.batch_size * params.num_heads},
+            0,
+            scratch.bytes(),
+            std::max<int64_t>(kKeysPerThread / std::max<int64_t>(params.kv_len, 1), 1)};
   }
   template <Isa isa>
   static void run_cpu(const SelectTopkParams& params, const CpuWork& work) noexcept;
