@@ -1,4 +1,4 @@
-# make demo | test | bench | lint | format | wheel | clean
+# make demo | test | bench | gpu-report | lint | format | wheel | clean
 #
 # Every target sets up what it needs in its own virtual environment. On a machine where plain torch
 # would pull CUDA packages that are not wanted, set TORCH, e.g. TORCH="torch==2.13.0+cpu --index-url …".
@@ -16,7 +16,7 @@ SOURCES := $(shell find csrc third_party/cmake tests/host tests/emulation -name 
 CPP_SOURCES := $(shell find csrc tests bench -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 INSTALL := $(BIN)/pip install --quiet --no-build-isolation --use-pep517
 
-.PHONY: demo test bench lint format wheel clean
+.PHONY: demo test bench gpu-report lint format wheel clean
 
 demo: $(VENV)/.library
 	$(BIN)/python -m kvevict.demo --out demo-out $(ARGS)
@@ -26,6 +26,10 @@ test: lint
 
 bench: $(VENV)/.library
 	$(BIN)/python -m pytest bench $(ARGS)
+
+# With the Python, torch and CUDA that the machine has, and no network: no virtual environment.
+gpu-report:
+	$(PYTHON) -m bench.gpu.report --out $(or $(OUT),build/gpu) $(ARGS)
 
 lint: $(VENV)/.library
 	$(BIN)/ruff check .

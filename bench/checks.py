@@ -10,8 +10,8 @@ from torch import Tensor
 from bench.report import OURS
 
 # Relative L2 error against float64. Ours sums in fp32 whatever the inputs are; eager torch rounds
-# the attention matrix to the dtype of the inputs.
-TOLERANCE_OF_OURS = 1e-5
+# the attention matrix to the dtype of the inputs. Tensor cores keep fewer bits while they add up.
+TOLERANCE_OF_OURS = {"cpu": 1e-5, "cuda": 1e-4}
 TOLERANCE_OF_PEERS = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}
 
 
@@ -24,7 +24,9 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 def check_close(contender: str, actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
     """Holds a contender's scores against the oracle; `dtype` is that of the inputs."""
     assert actual.shape == expected.shape, f"{contender}: {actual.shape}, not {expected.shape}"
-    limit = TOLERANCE_OF_OURS if contender == OURS else TOLERANCE_OF_PEERS[dtype]
+    limit = (
+        TOLERANCE_OF_OURS[actual.device.type] if contender == OURS else TOLERANCE_OF_PEERS[dtype]
+    )
     error = relative_error(actual, expected)
     assert error <= limit, f"{contender}: relative error {error:.2e} exceeds {limit:.0e}"
 

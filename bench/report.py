@@ -154,11 +154,12 @@ class Report:
     def load(file: Path) -> Report:
         """Reads what `save` has written."""
         data = json.loads(file.read_text())
-        data["rows"] = [_row_from_json(row) for row in data["rows"]]
+        data["rows"] = [row_from_json(row) for row in data["rows"]]
         return Report(**data)
 
 
-def _row_from_json(data: dict[str, Any]) -> Row:
+def row_from_json(data: dict[str, Any]) -> Row:
+    """A row as `asdict` has written it."""
     timings = {
         name: Timing(**{**timing, "halves": tuple(timing["halves"])})
         for name, timing in data["timings"].items()

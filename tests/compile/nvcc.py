@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+CSRC = ROOT / "csrc"
 CACHE = ROOT / "build" / "ptxas"
 ARCHS = ("80", "90a", "120")
 if os.environ.get("KVEVICT_ALL_ARCHS") == "1":
@@ -54,15 +55,16 @@ def find_nvcc() -> str:
 
 
 def kernel_files() -> list[Path]:
-    return sorted((ROOT / "csrc").glob("ops/*/*_cuda.cu"))
+    return sorted(CSRC.glob("ops/*/*_cuda.cu"))
 
 
 def key_of(source: Path, nvcc: str) -> str:
     """Return a hash of all that a compilation may depend on."""
     version = subprocess.run([nvcc, "--version"], capture_output=True, check=True).stdout
     digest = hashlib.sha256(version + repr(OPTIONS).encode())
-    for path in [source, *sorted((ROOT / "csrc").rglob("*.h"))]:
-        digest.update(str(path.relative_to(ROOT)).encode() + path.read_bytes())
+    headers = (path for layer in ("core", "cuda", "ops") for path in CSRC.glob(f"{layer}/**/*.h"))
+    for path in [source, *sorted(headers)]:
+        digest.update(str(path.relative_to(CSRC)).encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 
 
@@ -90,15 +92,25 @@ def compile_all(arch: str) -> list[Path]:
         return list(pool.map(lambda source: compile_one(source, arch, nvcc), kernel_files()))
 
 
-def demangle(names: Iterable[str]) -> dict[str, str]:
-    """Return the short forms of mangled names: `column_kernel<TileShape<0, 128, false>, true>`."""
-    mangled = list(names)
-    command = ["c++filt", "--no-params"]
-    done = subprocess.run(
-        command, input="\n".join(mangled), capture_output=True, text=True, check=True
-    )
-    noise = re.compile(r"kvevict::|\(anonymous namespace\)::|\(kvevict::\w+\)|^void ")
-    return dict(zip(mangled, (noise.sub("", n) for n in done.stdout.splitlines()), strict=True))
+def demangle(mangled: Iterable[str]) -> list[str]:
+    """Return readable names of kernels: `column_kernel<half, 128, true>`."""
+    command = ["c++filt", "--no-params", *mangled]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return [readable(name) for name in done.stdout.splitlines()]
+
+
+def readable(name: str) -> str:
+    """Shorten a demangled name to the kernel and what its code depends on.
+
+    float16 and bfloat16 are the same but for the opcode.
+    """
+    name = re.sub(r"\(kvevict::\w+\)|\(anonymous namespace\)::|^void |kvevict::", "", name)
+    name = re.sub(r"TileShape<(\d), (\d+), \w+> ?", r"\1, \2", name)
+    name = re.sub(r"_kernel<0, ", "_kernel<float, ", name)
+    name = re.sub(r"_kernel<[12], ", "_kernel<half, ", name)
+    name = re.sub(r"(column_kernel<\w+, \d+), \d", r"\1", name)  # whatever statistic
+    name = re.sub(r"(move_rows_kernel<[\w ]+), \d+", r"\1", name)  # however many threads
+    return name.replace(", false>", ">")
 
 
 def parse_ptxas(log: str) -> dict[str, Resources]:
@@ -109,7 +121,7 @@ def parse_ptxas(log: str) -> dict[str, Resources]:
         def number(pattern: str, text: str = part) -> int:
             return sum(int(n) for n in re.findall(pattern, text))
 
-        found[part.split("'")[0]] = Resources(
+        found[part.split("'", 1)[0]] = Resources(
             registers=number(r"Used (\d+) registers"),
             stack=number(r"(\d+) bytes stack frame"),
             spills=number(r"(\d+) bytes spill"),
@@ -120,3 +132,13 @@ def parse_ptxas(log: str) -> dict[str, Resources]:
 
 def warnings_of(log: str) -> list[str]:
     return [line for line in log.splitlines() if re.search(r"warning|error", line, re.IGNORECASE)]
+
+
+def disassemble(cubin: Path) -> dict[str, str]:
+    """Return the SASS of the kernels, by mangled name; skip without a disassembler."""
+    tool = find_tool("nvdisasm")
+    if tool is None:
+        pytest.skip(f"no nvdisasm: {MISSING}test-requirements.txt")
+    done = subprocess.run([tool, "-c", str(cubin)], capture_output=True, text=True, check=True)
+    parts = re.split(r"^\s*\.section\s+\.text\.(\w+).*$", done.stdout, flags=re.MULTILINE)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))

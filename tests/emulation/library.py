@@ -26,7 +26,8 @@ def emulator() -> ModuleType | None:
 @functools.cache
 def load_ops() -> bool:
     """Register torch.ops.kvevict_emulated; return whether there is one."""
-    library = DIRECTORY / f"libkvevict_emulated{SUFFIX}.so"
+    usual = DIRECTORY / f"libkvevict_emulated{SUFFIX}.so"
+    library = Path(os.environ.get("KVEVICT_EMULATED_OPS", usual))  # mutate.py has others
     if not library.exists():
         return False
     torch.ops.load_library(str(library))  # type: ignore[no-untyped-call]

@@ -90,6 +90,16 @@ def test_one_list_of_many_keys(backend: Backend) -> None:
         assert_exact(backend, scores, k)
 
 
+@pytest.mark.parametrize("classes", [3, 256])
+def test_priority_of_many_keys(backend: Backend, classes: int) -> None:
+    """The same lists as of few keys, each shared out."""
+    kv_len = 50_003
+    scores = PATTERNS["ties_at_pivot"]((2, 2, kv_len))
+    priority = torch.randint(0, classes, (2, kv_len), dtype=torch.uint8)
+    row_k = torch.tensor([[0, 300], [20_000, 45_000]], dtype=torch.int32)
+    assert_exact(backend, scores, 45_000, row_k, priority)
+
+
 def test_many_short_lists(backend: Backend) -> None:
     assert_exact(backend, PATTERNS["two_values"]((37, 11, 9)), 4)
 

@@ -1,0 +1,1 @@
+REGISTERS: dict[str, int] = {}

@@ -1,0 +1,439 @@
+"""What mutate.py breaks: for every kernel, mistakes that are easily made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+TILES, ATTENTION = "csrc/cuda/mma_tiles.h", "csrc/cuda/attention_kernels.h"
+MOVE, REDUCTIONS = "csrc/cuda/move_rows.h", "csrc/cuda/reductions.h"
+SELECT = "csrc/ops/select_topk/select_topk_cuda.cu"
+NULL = "csrc/ops/null/null_cuda.cu"
+LSE = "csrc/ops/attention_lse/attention_lse_cuda.cu"
+BY_TEXT = "csrc/ops/score_keys_by_text/score_keys_by_text_cuda.cu"
+BROADCAST = "csrc/ops/broadcast_indices/broadcast_indices_cuda.cu"
+POOL = "csrc/ops/score_and_compact/score_and_compact_cuda.cu"
+POOL_HEADER = "csrc/ops/score_and_compact/score_and_compact.h"
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """In the sources of `op`, `text` of `file` becomes `replacement`."""
+
+    kernel: str
+    op: str
+    what: str
+    file: str
+    text: str
+    replacement: str
+    equivalent: str = ""  # why no test can notice it
+
+
+def _of(kernel: str, op: str, *changes: tuple[str, str, str, str]) -> list[Mutation]:
+    return [Mutation(kernel, op, *change) for change in changes]
+
+
+MUTATIONS = [
+    *_of(
+        "null_kernel",
+        "null",
+        ("last element left out", NULL, "i < params.numel", "i + 1 < params.numel"),
+        (
+            "wrong stride of blocks",
+            NULL,
+            "{blockIdx.x} * kThreads",
+            "{blockIdx.x} * (kThreads + 1)",
+        ),
+        ("no block for the tail", NULL, "(params.numel + kThreads - 1)", "(params.numel)"),
+    ),
+    *_of(
+        "row_normalizer_kernel",
+        "attention_lse",
+        (
+            "wait for cp.async one group short",
+            TILES,
+            "cp_async_wait<kStages - 2>",
+            "cp_async_wait<kStages - 1>",
+        ),
+        (
+            "no barrier before a tile is read",
+            TILES,
+            "__syncthreads();  // this tile is there",
+            "// this tile is there",
+        ),
+        (
+            "no zeros behind a narrow row",
+            TILES,
+            "chunk * 16 < row_bytes",
+            "chunk * 16 <= row_bytes",
+        ),
+        (
+            "lanes merge at a wrong distance",
+            ATTENTION,
+            "__shfl_xor_sync(kFullWarp, total.sum, distance)",
+            "__shfl_xor_sync(kFullWarp, total.sum, 3 - distance)",
+        ),
+        (
+            "own key not seen",
+            ATTENTION,
+            "tile_key + column <= last_key[r][half]",
+            "tile_key + column < last_key[r][half]",
+        ),
+        (
+            "a key behind the last one seen",
+            ATTENTION,
+            "index < end_key && attention",
+            "index <= end_key && attention",
+        ),
+    ),
+    *_of(
+        "merge_normalizers_kernel",
+        "attention_lse",
+        ("second split skipped", ATTENTION, "int64_t split = 1;", "int64_t split = 2;"),
+        (
+            "wrong stride of splits",
+            ATTENTION,
+            "parts[row * num_splits + split]",
+            "parts[row + split]",
+        ),
+        ("last row left out", LSE, "if (i >= num_rows)", "if (i + 1 >= num_rows)"),
+    ),
+    *_of(
+        "column_kernel",
+        "score_keys",
+        (
+            "wait for cp.async one group short",
+            TILES,
+            "cp_async_wait<kStages - 2>",
+            "cp_async_wait<kStages - 1>",
+        ),
+        (
+            "lanes merge at a wrong distance",
+            ATTENTION,
+            "__shfl_xor_sync(kFullWarp, score, distance)",
+            "__shfl_xor_sync(kFullWarp, score, distance * 2)",
+        ),
+        (
+            "last key left out",
+            ATTENTION,
+            "index < params.num_keys)",
+            "index + 1 < params.num_keys)",
+        ),
+        (
+            "own key not seen",
+            ATTENTION,
+            "thread_key[r][half] > shared.last_key",
+            "thread_key[r][half] >= shared.last_key",
+        ),
+        ("wrong stride of heads", ATTENTION, "blockIdx.y * num_heads, num", "blockIdx.y, num"),
+    ),
+    *_of(
+        "max_of_means_kernel",
+        "score_keys",
+        (
+            "no barrier between streams",
+            TILES,
+            "__syncthreads();  // nobody",
+            "// nobody",
+        ),
+        (
+            "own key not seen",
+            ATTENTION,
+            "index <= shared.last_key[stage][column] &&",
+            "index < shared.last_key[stage][column] &&",
+        ),
+        (
+            "wrong stride of KV heads",
+            ATTENTION,
+            "blockIdx.y * num_kv_heads + i",
+            "blockIdx.y + i",
+        ),
+        (
+            "an entry between tiles skipped",
+            ATTENTION,
+            "first_entry += Shape::kColumns",
+            "first_entry += Shape::kColumns + 1",
+        ),
+    ),
+    *_of(
+        "reduce_heads_kernel",
+        "score_keys",
+        ("second part skipped", ATTENTION, "int64_t part = 1;", "int64_t part = 2;"),
+        (
+            "wrong stride of scores",
+            ATTENTION,
+            "i / params.num_keys * params.parts_per_score * params.num_keys",
+            "i / params.num_keys * params.num_keys",
+        ),
+        (
+            "wrong stride of parts",
+            ATTENTION,
+            "parts[part * params.num_keys]",
+            "parts[part]",
+        ),
+        (
+            "last score left out",
+            ATTENTION,
+            "if (i >= params.num_scores * params.num_keys)",
+            "if (i + 1 >= params.num_scores * params.num_keys)",
+        ),
+    ),
+    *_of(
+        "text_weight_kernel",
+        "score_keys_by_text",
+        ("a row does not see itself", BY_TEXT, "viewer) >= row", "viewer) > row"),
+        ("last row left out", BY_TEXT, "if (entry >= num_rows)", "if (entry + 1 >= num_rows)"),
+        (
+            "wrong stride of sequences",
+            BY_TEXT,
+            "(batch * attention.num_kv_heads + head)",
+            "(batch + head)",
+        ),
+    ),
+    *_of(
+        "select_short_kernel",
+        "select_topk",
+        (
+            "no barrier after a histogram is cleared",
+            SELECT,
+            "shared.histogram[i] = 0;\n  __syncthreads();",
+            "shared.histogram[i] = 0;",
+        ),
+        (
+            "no barrier after keys are stored",
+            SELECT,
+            "__syncthreads();\n  const Threshold threshold =",
+            "const Threshold threshold =",
+        ),
+        (
+            "no barrier after a histogram is filled",
+            SELECT,
+            "__syncthreads();\n    bucket =",
+            "bucket =",
+        ),
+        (
+            "no barrier after warps have counted",
+            SELECT,
+            "shared.warp_ties[warp] = ties;\n  }\n  __syncthreads();",
+            "shared.warp_ties[warp] = ties;\n  }",
+        ),
+        (
+            "no barrier before a prefix sum",
+            REDUCTIONS,
+            "warp_sums[warp] = sum;\n  __syncthreads();",
+            "warp_sums[warp] = sum;",
+        ),
+        (
+            "no barrier after a prefix sum",
+            REDUCTIONS,
+            ": 0u);\n  __syncthreads();",
+            ": 0u);",
+        ),
+        (
+            "prefix sum at a wrong distance",
+            REDUCTIONS,
+            "__shfl_up_sync(kFullWarp, sum, distance)",
+            "__shfl_up_sync(kFullWarp, sum, distance - 1)",
+        ),
+        ("a key behind the row", SELECT, "index + 3 >= kv_len", "index + 2 >= kv_len"),
+        ("ties of all digits", SELECT, "threshold.ties -= bucket.above;", ""),
+    ),
+    *_of(
+        "count_classes_kernel",
+        "select_topk",
+        (
+            "no barrier after counting",
+            SELECT,
+            "__syncthreads();\n  const uint32_t count =",
+            "const uint32_t count =",
+        ),
+        (
+            "last key of a tail left out",
+            SELECT,
+            "j < min(i + kVector, end)",
+            "j + 1 < min(i + kVector, end)",
+        ),
+        (
+            "wrong stride of blocks",
+            SELECT,
+            "begin = place.block * kBlockKeys",
+            "begin = place.block * kSegmentKeys",
+        ),
+        (
+            "keys behind the row",
+            SELECT,
+            "min(begin + kBlockKeys, params.kv_len), shared",
+            "begin + kBlockKeys, shared",
+        ),
+    ),
+    *_of(
+        "count_digits_kernel",
+        "select_topk",
+        (
+            "no barrier after counting",
+            SELECT,
+            "__syncthreads();\n  for (int i = threadIdx.x; i < kBuckets; i += kSegmentThreads)",
+            "for (int i = threadIdx.x; i < kBuckets; i += kSegmentThreads)",
+        ),
+        (
+            "last bucket left out",
+            SELECT,
+            "i < kBuckets; i += kSegmentThreads)",
+            "i + 1 < kBuckets; i += kSegmentThreads)",
+        ),
+        (
+            "wrong stride of segments",
+            SELECT,
+            "segment(block * kSegmentsPerBlock + warp_index())",
+            "segment(block + warp_index())",
+        ),
+    ),
+    *_of(
+        "split_kernel",
+        "select_topk",
+        (
+            "candidates on top of each other",
+            SELECT,
+            "segment.candidates[num_candidates + __popc(candidates & lanes_before())] = key",
+            "segment.candidates[num_candidates] = key",
+        ),
+        (
+            "candidates count as above",
+            SELECT,
+            "__ballot_sync(kFullWarp, digit > bucket)",
+            "__ballot_sync(kFullWarp, digit >= bucket)",
+        ),
+        (
+            "last words left out",
+            SELECT,
+            "first < kWarpSize; first += kKeysInFlight",
+            "first + kKeysInFlight < kWarpSize; first += kKeysInFlight",
+        ),
+    ),
+    *_of(
+        "decide_kernel",
+        "select_topk",
+        (
+            "no barrier before the sum over segments",
+            SELECT,
+            "__syncthreads();\n  // Every thread sums",
+            "// Every thread sums",
+        ),
+        (
+            "last candidate left out",
+            SELECT,
+            "j < segment.num_candidates; j += kWarpSize) {\n      above",
+            "j + 1 < segment.num_candidates; j += kWarpSize) {\n      above",
+        ),
+        (
+            "last segment left out",
+            SELECT,
+            "end = min(begin + per_thread, num_segments)",
+            "end = min(begin + per_thread, num_segments - 1)",
+        ),
+    ),
+    *_of(
+        "list_kernel",
+        "select_topk",
+        (
+            "ties of earlier segments forgotten",
+            SELECT,
+            "segment.above_before + min(ties, state.threshold.ties)",
+            "segment.above_before",
+        ),
+        (
+            "bits from a wrong lane",
+            SELECT,
+            "__shfl_sync(kFullWarp, above_bits, word)",
+            "__shfl_sync(kFullWarp, above_bits, word ^ 1)",
+        ),
+        (
+            "last entry not filled up",
+            SELECT,
+            "i < k; i += num_threads",
+            "i + 1 < k; i += num_threads",
+        ),
+        (
+            "a lane counts itself",
+            REDUCTIONS,
+            "(1u << lane_index()) - 1",
+            "(2u << lane_index()) - 1",
+        ),
+    ),
+    *_of(
+        "broadcast_indices_kernel",
+        "broadcast_indices",
+        (
+            "last entry left out",
+            BROADCAST,
+            "if (i >= params.kept.k)",
+            "if (i + 1 >= params.kept.k)",
+        ),
+        (
+            "wrong stride of sequences",
+            BROADCAST,
+            "item / params.num_kv_heads % params.batch_size",
+            "item % params.batch_size",
+        ),
+        (
+            "no block for the tail",
+            BROADCAST,
+            "(params.kept.k + kThreads - 1) / kThreads",
+            "(params.kept.k) / kThreads",
+        ),
+    ),
+    *_of(
+        "move_rows_kernel, gather",
+        "gather_kv",
+        (
+            "wait for cp.async one group short",
+            MOVE,
+            "cp_async_wait<kMoveAhead>",
+            "cp_async_wait<kMoveAhead + 1>",
+        ),
+        ("no zeros behind the kept rows", MOVE, "+ offset, copied);", "+ offset, true);"),
+        (
+            "wrong stride of rows",
+            MOVE,
+            "source_offset + place * source.rows.stride_seq",
+            "source_offset + place * source.row_bytes",
+        ),
+        ("last column left out", MOVE, "* kSector, num_columns)", "* kSector, num_columns - 1)"),
+        ("vectors wider than rows", MOVE, "rows.stride_seq | row_bytes;", "rows.stride_seq;"),
+    ),
+    *_of(
+        "move_rows_kernel, compact",
+        "compact_kv",
+        ("no barrier before writing", MOVE, "if (kInPlace) __syncthreads();", ""),
+        (
+            "wait for cp.async one group short",
+            MOVE,
+            "cp_async_wait<kMoveAhead>",
+            "cp_async_wait<kMoveAhead + 1>",
+        ),
+        ("ring one slot short", MOVE, "kMoveSlots = kMoveAhead + 1", "kMoveSlots = kMoveAhead"),
+        ("rows in place are others", MOVE, "place == read", "place == read + 1"),
+    ),
+    *_of(
+        "pool_scores_kernel",
+        "score_and_compact",
+        ("last key left out", POOL, "if (key >= params.kv_len)", "if (key + 1 >= params.kv_len)"),
+        (
+            "window one key short",
+            POOL_HEADER,
+            "i <= key + pool_kernel / 2",
+            "i < key + pool_kernel / 2",
+        ),
+        (
+            "wrong stride of rows",
+            POOL,
+            "merged_priority[row * params.kv_len + key]",
+            "merged_priority[key]",
+        ),
+        (
+            "a masked neighbor counts",
+            POOL_HEADER,
+            "i < kv_len && priority_of(row, i) == 1",
+            "i < kv_len",
+        ),
+    ),
+]
