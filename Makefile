@@ -12,7 +12,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc third_party/cmake tests/host tests/emulation -name '*.cpp' -o -name '*.h' -o -name '*.cu' \
-  -o -name '*.cuh' -o -name '*.cmake' -o -name CMakeLists.txt) CMakeLists.txt setup.py pyproject.toml
+  -o -name '*.cuh' -o -name '*.map' -o -name '*.cmake' -o -name CMakeLists.txt) CMakeLists.txt setup.py pyproject.toml
 CPP_SOURCES := $(shell find csrc tests bench -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 INSTALL := $(BIN)/pip install --quiet --no-build-isolation --use-pep517
 

@@ -20,7 +20,7 @@ from kvevict.ops import (
 from kvevict.priority import build_priority
 
 if TYPE_CHECKING:
-    from kvevict.integrations.transformers import evict
+    from kvevict.integrations.transformers import evict as evict
 
 __version__: str = build_info()["version"]
 
@@ -33,7 +33,6 @@ __all__ = [
     "build_info",
     "build_priority",
     "compact_kv_",
-    "evict",
     "gather_kv",
     "score_and_compact",
     "score_keys",

@@ -32,8 +32,12 @@ def build_priority(
         keys, 0 for padding.
 
     Raises:
-        ValueError: if num_sink or num_recent is negative, or preferred has another shape.
+        ValueError: if key_mask is not bool, num_sink or num_recent is negative, or preferred has
+            another shape.
     """
+    if key_mask.dtype != torch.bool or key_mask.dim() != 2:
+        what = f"{key_mask.dtype} of shape {tuple(key_mask.shape)}"
+        raise ValueError(f"kvevict.build_priority: key_mask must be bool of rank 2, got {what}")
     for name, value in (("num_sink", num_sink), ("num_recent", num_recent)):
         if value < 0:
             raise ValueError(f"kvevict.build_priority: {name} must be at least 0, got {value}")

@@ -48,7 +48,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark what would have run on CUDA too, so that the summary can count it (xdist included)."""
     for item in items:
         callspec = getattr(item, "callspec", None)
-        if callspec is not None and CPU in callspec.params.values():
+        if callspec is not None and any(value is CPU for value in callspec.params.values()):
             item.user_properties.append(("cuda_twin", True))
 
 

@@ -48,7 +48,7 @@ AttentionArgs check_attention(const Check& check, const Tensor& query, const Ten
     check.companion(*key_mask, "key_mask", ScalarType::Bool, {query.size(0), kv_len}, query,
                     "query");
   }
-  if (sm_scale) check.finite(*sm_scale, "sm_scale");
+  if (sm_scale) check.finite(static_cast<float>(*sm_scale), "sm_scale");
 
   AttentionArgs args{{}, dense(key_mask)};
   args.params = {

@@ -218,8 +218,8 @@ void Check::movable(const Tensor& tensor, const std::string& argument) const {
   contiguous_last_dim(tensor, argument);
 }
 
-void Check::disjoint(const std::vector<Tensor>& tensors,
-                     const std::vector<std::string>& names) const {
+void Check::disjoint(const std::vector<Tensor>& tensors, const std::vector<std::string>& names,
+                     size_t num_written) const {
   struct Named {
     Extent extent;
     size_t index;
@@ -228,7 +228,7 @@ void Check::disjoint(const std::vector<Tensor>& tensors,
   for (size_t i = 0; i < tensors.size(); ++i) {
     if (tensors[i].numel() == 0) continue;
     sorted.push_back({extent_of(tensors[i]), i});
-    if (overlaps_itself(sorted.back().extent)) {
+    if (i < num_written && overlaps_itself(sorted.back().extent)) {
       fail(names[i], "not overlap itself", "an expanded tensor");
     }
   }
@@ -237,8 +237,8 @@ void Check::disjoint(const std::vector<Tensor>& tensors,
   for (size_t i = 0; i < sorted.size(); ++i) {
     for (size_t j = i + 1; j < sorted.size(); ++j) {
       if (sorted[j].extent.begin >= sorted[i].extent.end) break;
-      if (overlap(sorted[i].extent, sorted[j].extent)) {
-        const auto [first, second] = std::minmax(sorted[i].index, sorted[j].index);
+      const auto [first, second] = std::minmax(sorted[i].index, sorted[j].index);
+      if (first < num_written && overlap(sorted[i].extent, sorted[j].extent)) {
         fail(names[second], "not overlap " + names[first], "shared memory");
       }
     }

@@ -51,8 +51,10 @@ class Check {
   // A tensor whose elements can be moved as bytes.
   void movable(const Tensor& tensor, const std::string& argument) const;
 
-  // No two of the tensors share an element, and none has one twice: they will be written.
-  void disjoint(const std::vector<Tensor>& tensors, const std::vector<std::string>& names) const;
+  // The first num_written tensors have no element twice and share none with any other tensor: they
+  // will be written. The rest is only read.
+  void disjoint(const std::vector<Tensor>& tensors, const std::vector<std::string>& names,
+                size_t num_written) const;
 
  private:
   const char* op_;

@@ -8,10 +8,11 @@
 namespace kvevict {
 namespace {
 
-KvTensor kv_tensor(const Tensor& tensor) {
+KvTensor kv_tensor(const Tensor& tensor, Access access) {
   const auto bytes = static_cast<int64_t>(tensor.element_size());
-  return {{const_cast<void*>(tensor.const_data_ptr()), tensor.stride(0) * bytes,
-           tensor.stride(1) * bytes, tensor.stride(2) * bytes},
+  void* data = access == Access::kWrite ? tensor.mutable_data_ptr()
+                                        : const_cast<void*>(tensor.const_data_ptr());
+  return {{data, tensor.stride(0) * bytes, tensor.stride(1) * bytes, tensor.stride(2) * bytes},
           tensor.size(3) * bytes,
           tensor.size(2)};
 }
@@ -23,8 +24,9 @@ void check_list_values(const Check& check, const IndexArgs& args, const KvShape&
   const bool per_layer = lists.stride_layer != 0 || lists.lens_stride_layer != 0;
   const bool per_head = lists.stride_head != 0 || lists.lens_stride_head != 0;
   for (int64_t layer = 0; layer < (per_layer ? shape.num_layers : 1); ++layer) {
-    const int64_t kv_len =
-        per_layer ? kv_lens[layer] : *std::min_element(kv_lens.begin(), kv_lens.end());
+    const int64_t kv_len = per_layer && kv_lens.size() > 1
+                               ? kv_lens[layer]
+                               : *std::min_element(kv_lens.begin(), kv_lens.end());
     for (int64_t batch = 0; batch < shape.batch_size; ++batch) {
       for (int64_t head = 0; head < (per_head ? shape.num_kv_heads : 1); ++head) {
         const int32_t* list = lists.list(layer, batch, head);
@@ -58,17 +60,17 @@ std::vector<std::string> element_names(const std::string& list, size_t count) {
   return names;
 }
 
-std::vector<KvTensor> kv_tensors(const std::vector<Tensor>& keys,
-                                 const std::vector<Tensor>& values) {
+std::vector<KvTensor> kv_tensors(const std::vector<Tensor>& keys, const std::vector<Tensor>& values,
+                                 Access access) {
   std::vector<KvTensor> tensors;
   for (const auto* list : {&keys, &values}) {
-    for (const Tensor& tensor : *list) tensors.push_back(kv_tensor(tensor));
+    for (const Tensor& tensor : *list) tensors.push_back(kv_tensor(tensor, access));
   }
   return tensors;
 }
 
 std::vector<KvTensor> check_kv_layers(const Check& check, const std::vector<Tensor>& keys,
-                                      const std::vector<Tensor>& values) {
+                                      const std::vector<Tensor>& values, Access access) {
   constexpr auto kAny = Check::kAny;
   check.at_least(static_cast<int64_t>(keys.size()), "len(keys)", 1);
   if (values.size() != keys.size()) {
@@ -90,7 +92,7 @@ std::vector<KvTensor> check_kv_layers(const Check& check, const std::vector<Tens
     check.shape(value, value_names[layer], {key.size(0), key.size(1), key.size(2), kAny});
     check.movable(value, value_names[layer]);
   }
-  return kv_tensors(keys, values);
+  return kv_tensors(keys, values, access);
 }
 
 IndexArgs check_kept_indices(const Check& check, const Tensor& kept_indices,

@@ -13,11 +13,13 @@ namespace kvevict {
 // Names of list elements, "keys[3]", for messages.
 std::vector<std::string> element_names(const std::string& list, size_t count);
 
-// Checks lists of layers; all keys, then all values, as tensors of bytes.
+// Checks lists of layers; all keys, then all values, as tensors of bytes. What will be written is
+// asked for as such, so that a copy-on-write tensor gets memory of its own.
+enum class Access : bool { kRead, kWrite };
 std::vector<KvTensor> check_kv_layers(const Check& check, const std::vector<Tensor>& keys,
-                                      const std::vector<Tensor>& values);
-std::vector<KvTensor> kv_tensors(const std::vector<Tensor>& keys,
-                                 const std::vector<Tensor>& values);
+                                      const std::vector<Tensor>& values, Access access);
+std::vector<KvTensor> kv_tensors(const std::vector<Tensor>& keys, const std::vector<Tensor>& values,
+                                 Access access);
 
 struct IndexArgs {
   IndexLists lists;
@@ -25,8 +27,8 @@ struct IndexArgs {
   std::optional<Tensor> lens;
 };
 
-// kv_lens: of each layer. On the CPU, where the data can be read for free, every list is checked to
-// ascend within its layer.
+// kv_lens: of each layer, or one for all. On the CPU, where the data can be read for free, every
+// list is checked to ascend within its layer.
 IndexArgs check_kept_indices(const Check& check, const Tensor& kept_indices,
                              const std::optional<Tensor>& kept_lens, const KvShape& shape,
                              const std::vector<int64_t>& kv_lens, const Tensor& reference,

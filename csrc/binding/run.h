@@ -34,8 +34,7 @@ void run(const char* op, const Params& params, const Tensor& like) {
     auto* base = static_cast<std::byte*>(workspace.data());
     for (int phase = 0; phase < plan.num_phases; ++phase) {
       const int64_t items = plan.num_items[phase];
-      const int64_t chunks =
-          std::min(num_threads, (items + plan.min_items - 1) / plan.min_items);
+      const int64_t chunks = std::min(num_threads, (items + plan.min_items - 1) / plan.min_items);
       const auto run_chunks = [&](int64_t begin, int64_t end) noexcept {
         for (int64_t chunk = begin; chunk < end; ++chunk) {
           const CpuWork work{phase,

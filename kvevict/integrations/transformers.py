@@ -387,9 +387,13 @@ class Eviction:
 
     def _restore(self) -> None:
         """Undo everything, the last change first."""
+        if self._step is not None:  # a forward was interrupted
+            for layer in self._step.cache.layers:
+                if isinstance(layer, EvictedLayer):
+                    layer.attached = False
+        self._inputs, self._step = {}, None
         while self._undo:
             self._undo.pop()()
-        self._inputs, self._step = {}, None
 
     # Hooks
 

@@ -12,6 +12,7 @@ from torch import Tensor
 Size = int | torch.SymInt
 Dim = Size | tuple[Size, Size] | None  # a size, one of two sizes, any
 ANY: Dim = None
+_LARGEST_FLOAT32 = (2 - 2.0**-23) * 2.0**127
 
 
 class Check:
@@ -61,6 +62,8 @@ class Check:
             self.fail(argument, f"be {_join(words)}", int(value))
 
     def finite(self, value: float, argument: str) -> None:
+        if abs(value) > _LARGEST_FLOAT32:
+            value = math.copysign(math.inf, value)
         if not math.isfinite(value):
             self.fail(argument, "be finite", value)
 

@@ -70,10 +70,8 @@ class TGVKV(Policy):
             )
 
     def row_index(self, prompt: Prompt) -> Tensor:
-        """Return the text rows after the last vision token; all rows where there are none."""
-        trailing = _trailing_text(prompt)
-        every_row = prompt.valid & _lacks_trailing_text(prompt, trailing)[:, None]
-        return prompt.rows_of(trailing | every_row)
+        """Return the text rows after the last vision token."""
+        return prompt.rows_of(_trailing_text(prompt))
 
     def observe(
         self,
@@ -96,9 +94,10 @@ class TGVKV(Policy):
             key_mask=prompt.key_mask,
             sm_scale=sm_scale,
         )
+        fallback = _lacks_trailing_text(prompt, _trailing_text(prompt))
         text_scores = column_sums
-        if self.text_score == "released":
-            text_scores = ops.score_keys(
+        if self.text_score == "released" or bool(fallback.any()):
+            sums_of_all_rows = ops.score_keys(
                 query,
                 key,
                 softmax_lse=softmax_lse,
@@ -106,7 +105,8 @@ class TGVKV(Policy):
                 sm_scale=sm_scale,
                 head_reduction=HeadReduction.ALL_MEAN,
             )
-        fallback = _lacks_trailing_text(prompt, _trailing_text(prompt))
+            column_sums = sums_of_all_rows.where(fallback[:, None, None], column_sums)
+            text_scores = sums_of_all_rows if self.text_score == "released" else column_sums
         vision_scores = column_sums.where(fallback[:, None, None], weighted)
         vision_mass = (column_sums[:, 0] * prompt.is_vision).sum(1)
         return LayerScores(

@@ -92,3 +92,28 @@ def test_offsets_of_64_bits(backend: Backend) -> None:
     backend.op(OP)([key], [value], kept)
     assert key[0, 0, :2].flatten().tolist() == list(range(64, 3 * 64))
     assert value[0, 0, :2].flatten().tolist() == list(range(3, 9))
+
+
+def test_a_lazy_clone_gets_memory_of_its_own(backend: Backend) -> None:
+    original = torch.randn(1, 2, 9, 8, device=backend.device)
+    before = original.clone()
+    key, value = torch._lazy_clone(original), torch._lazy_clone(original)
+    kept = torch.tensor([[[2, 5, 8]]], dtype=torch.int32, device=backend.device)
+    backend.op(OP)([key], [value], kept)
+    assert torch.equal(original, before)
+    assert torch.equal(key[:, :, :3], before[:, :, [2, 5, 8]])
+
+
+@pytest.mark.parametrize("argument", ["kept_indices", "kept_lens"])
+def test_lists_must_not_lie_in_the_cache(backend: Backend, argument: str) -> None:
+    key = torch.arange(256, dtype=torch.int32, device=backend.device).view(1, 1, 32, 8)
+    before = key.clone()
+    kept = torch.arange(20, dtype=torch.int32, device=backend.device).view(1, 1, 20)
+    kept_lens = kept[:, :, -1]
+    if argument == "kept_indices":
+        kept = key.view(1, 1, 256)[:, :, :20]
+    else:
+        kept_lens = key.view(1, 1, 256)[:, :, 9]
+    with pytest.raises(ValueError, match=f"{argument} must not overlap keys"):
+        backend.op(OP)([key], [key.clone()], kept, kept_lens)
+    assert torch.equal(key, before)

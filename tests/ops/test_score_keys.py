@@ -122,6 +122,32 @@ def test_extreme(backend: Backend, extreme: str, statistic: int) -> None:
     assert_matches_oracle(backend, OP, arguments, extreme=True)
 
 
+@pytest.mark.every_isa
+@pytest.mark.parametrize("sm_scale", [0.0, -0.0, -0.3])
+def test_scale_is_any_finite_number(backend: Backend, sm_scale: float) -> None:
+    query = torch.randn(1, 2, 3, 16, device=backend.device)
+    key = torch.randn(1, 1, 7, 16, device=backend.device)
+    key_mask = torch.ones(1, 7, dtype=torch.bool, device=backend.device)
+    key_mask[0, 0] = False
+    arguments = {"query": query, "key": key, "key_mask": key_mask, "sm_scale": sm_scale}
+    scores = backend.op("score_keys")(**arguments)
+    torch.testing.assert_close(
+        scores.double(), reference.score_keys(**arguments), rtol=1e-5, atol=0
+    )
+
+
+@pytest.mark.every_isa
+def test_nan_reaches_the_keys_that_its_row_sees(backend: Backend) -> None:
+    query = torch.randn(1, 1, 2, 16, device=backend.device)
+    key = torch.randn(1, 1, 40, 16, device=backend.device) * 60
+    key[0, 0, 3, 5] = torch.nan
+    key_mask = torch.ones(1, 40, dtype=torch.bool, device=backend.device)
+    key_mask[0, 7] = False
+    scores = backend.op("score_keys")(query[:, :, :1], key, key_mask=key_mask, causal=False)
+    assert torch.equal(scores.isnan()[0, 0], key_mask[0])
+    assert scores[0, 0, 7] == 0
+
+
 def test_nan_is_not_hidden(backend: Backend) -> None:
     """One row with a NaN spoils the scores of all keys that it sees, and no other head's."""
     shape = Shape("square", qo_len=21, num_kv_heads=4)

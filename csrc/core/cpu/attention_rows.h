@@ -196,6 +196,7 @@ inline bool append_row(const AttentionParams& attention, const VotingRows& votin
                        int64_t head, int64_t entry, RowBlock& block) {
   const int64_t row = voting.row(batch, entry);
   if (row < 0 || attention.row_is_padding(batch, row)) return false;
+  if (voting.weight(batch, attention.num_qo_heads, head, entry) == 0.0f) return false;
   const int64_t lse_row = (batch * attention.num_qo_heads + head) * attention.qo_len + row;
   if (voting.softmax_lse &&
       voting.softmax_lse[lse_row] == -std::numeric_limits<float>::infinity()) {
@@ -254,17 +255,18 @@ void attend(const AttentionParams& attention, int64_t batch, int64_t kv_head,
     multiply_panel<Product>(block, depth, [&](int64_t i, Vec(&products)[kTileVecs]) {
       next_panel.fetch(lines_per_row);
       IntVec visible[kTileVecs];
+      Vec largest = broadcast(-kInfinity);
       if (masked) {
         const auto seen = static_cast<int32_t>(
             std::clamp<int64_t>(block.rows[i].last_key - first_key, -1, kPanel));
         for (int j = 0; j < kTileVecs; ++j) {
           visible[j] = real[j] & (lane_indices() + j * kLanes <= seen);
-          products[j] = visible[j] ? products[j] : broadcast(-kInfinity);
+          largest = max(visible[j] ? products[j] * scale : broadcast(-kInfinity), largest);
         }
+      } else {
+        for (int j = 0; j < kTileVecs; ++j) largest = max(products[j], largest);
+        largest *= scale;
       }
-      Vec largest = products[0];
-      for (int j = 1; j < kTileVecs; ++j) largest = max(products[j], largest);
-      largest *= scale;
       Vec sum = load<Vec>(block.sum + i * kLanes);
       float reference = block.reference[i];
       if (any(largest > reference + slack)) {
@@ -290,11 +292,15 @@ void attend(const AttentionParams& attention, int64_t batch, int64_t kv_head,
 }
 
 // A row that saw a NaN makes the keys that it sees NaN, and no others.
-inline void spread_nan(RowBlock& block, int64_t i) {
+inline void spread_nan(const AttentionParams& attention, int64_t batch, RowBlock& block,
+                       int64_t i) {
   for (int64_t panel = 0; panel < block.num_panels; ++panel) {
     float* exponentials = block.exponentials + (panel * block.capacity + i) * kPanel;
-    for (int lane = 0; lane < kPanel; ++lane) {
-      if (exponentials[lane] != 0.0f) exponentials[lane] = block.normalizer[i];
+    for (int64_t lane = 0; lane < kPanel; ++lane) {
+      const int64_t key = panel * kPanel + lane;
+      const bool visible = key < attention.kv_len && key <= block.rows[i].last_key &&
+                           attention.key_is_real(batch, key);
+      exponentials[lane] = visible ? std::numeric_limits<float>::quiet_NaN() : 0.0f;
     }
     block.references[panel * block.capacity + i] = 0.0f;
   }
@@ -305,11 +311,13 @@ inline void spread_nan(RowBlock& block, int64_t i) {
 // Fills block.factor: what turns exponentials against the final reference into weighted
 // probabilities. A row that sees no key has none.
 template <typename Weight>
-void weigh(RowBlock& block, Weight&& weight) {
+void weigh(const AttentionParams& attention, int64_t batch, RowBlock& block, Weight&& weight) {
   for (int64_t i = 0; i < block.num_rows; ++i) {
     const float normalizer = block.normalizer[i];
     block.factor[i] = normalizer == 0.0f ? 0.0f : weight(block.rows[i]) / normalizer;
-    if (std::isnan(block.factor[i])) spread_nan(block, i);
+    if (std::isnan(block.factor[i]) || std::isnan(block.reference[i])) {
+      spread_nan(attention, batch, block, i);
+    }
   }
 }
 
@@ -337,7 +345,7 @@ void add_mean_rows(const AttentionParams& attention, const VotingRows& voting, i
   const auto flush = [&](int64_t kv_head) {
     if (block.num_rows == 0) return;
     attend<dtype, true>(attention, batch, kv_head, voting.softmax_lse, block);
-    weigh(block, [&](const AttentionRow& row) {
+    weigh(attention, batch, block, [&](const AttentionRow& row) {
       return scale * voting.weight(batch, attention.num_qo_heads, row.head, row.entry);
     });
     for (int64_t panel = 0; panel < block.num_panels; ++panel) {

@@ -112,7 +112,8 @@ inline Vec exp2(Vec t) {
   const Vec shifted = t + kRound;
   const Vec p = exp2_fraction(t - (shifted - kRound));
   const Vec result = bit_cast<Vec>(bit_cast<UintVec>(p) + (bit_cast<UintVec>(shifted) << 23));
-  return t < -125.0f ? Vec{} : result;
+  const Vec flushed = t < -125.0f ? Vec{} : result;
+  return t != t ? t : flushed;
 #endif
 }
 
@@ -138,7 +139,10 @@ inline Vec load_as_float(const void* source, int64_t index) {
 template <DType dtype>
 inline float element_as_float(const void* source, int64_t index) {
   if constexpr (dtype == DType::kFloat32) {
-    return static_cast<const float*>(source)[index];
+    float element;
+    memcpy(&element, static_cast<const char*>(source) + index * int64_t{sizeof(float)},
+           sizeof(element));
+    return element;
   } else {
     uint16_t lanes[kLanes] = {static_cast<const uint16_t*>(source)[index]};
     return load_as_float<dtype>(lanes, 0)[0];

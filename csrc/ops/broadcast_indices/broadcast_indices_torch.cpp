@@ -50,9 +50,8 @@ Tensor broadcast_indices(const Tensor& kept_indices, const Tensor& kept_lens, in
   if (base) check_values(check, *base, "base_indices", num_positions);
   if (tables) check_values(check, *tables, "block_tables", kSlots / page_size);
   const int64_t kept_end = base ? base->size(3) : num_positions;
-  const IndexArgs kept =
-      check_kept_indices(check, kept_indices, kept_lens, shape,
-                         std::vector<int64_t>(num_layers, kept_end), kept_indices, "kept_indices");
+  const IndexArgs kept = check_kept_indices(check, kept_indices, kept_lens, shape, {kept_end},
+                                            kept_indices, "kept_indices");
 
   IndexLists base_lists{};
   if (base) {

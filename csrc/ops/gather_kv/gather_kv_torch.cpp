@@ -15,7 +15,7 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> gather_kv(
     const std::vector<Tensor>& keys, const std::vector<Tensor>& values, const Tensor& kept_indices,
     const std::optional<Tensor>& kept_lens) {
   const Check check("gather_kv");
-  const std::vector<KvTensor> sources = check_kv_layers(check, keys, values);
+  const std::vector<KvTensor> sources = check_kv_layers(check, keys, values, Access::kRead);
   const KvShape shape{static_cast<int64_t>(keys.size()), keys[0].size(0), keys[0].size(1)};
   std::vector<int64_t> kv_lens;
   for (const Tensor& key : keys) kv_lens.push_back(key.size(2));
@@ -32,7 +32,7 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> gather_kv(
     return results;
   };
   const std::vector<Tensor> new_keys = gathered(keys), new_values = gathered(values);
-  const std::vector<KvTensor> destinations = kv_tensors(new_keys, new_values);
+  const std::vector<KvTensor> destinations = kv_tensors(new_keys, new_values, Access::kWrite);
   const GatherKvParams params{shape, sources.data(), destinations.data(), kept.lists};
   run<GatherKv, device>("gather_kv", params, keys[0]);
   return {new_keys, new_values};

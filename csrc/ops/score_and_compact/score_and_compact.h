@@ -28,8 +28,11 @@ struct ScoreAndCompactParams {
     const float* row_scores = scores + row * kv_len;
     if (pool_kernel == 1 || priority_of(row, key) != 1) return row_scores[key];
     float sum = 0.0f;
-    for (int64_t i = key - pool_kernel / 2; i <= key + pool_kernel / 2; ++i) {
-      if (i >= 0 && i < kv_len && priority_of(row, i) == 1) sum += row_scores[i];
+    const int64_t reach = pool_kernel / 2;
+    const int64_t first = key > reach ? key - reach : 0;
+    const int64_t last = reach < kv_len - 1 - key ? key + reach : kv_len - 1;
+    for (int64_t i = first; i <= last; ++i) {
+      if (priority_of(row, i) == 1) sum += row_scores[i];
     }
     return sum / static_cast<float>(pool_kernel);
   }

@@ -112,7 +112,7 @@ std::tuple<Tensor, Tensor, Tensor> score_and_compact(
   }
   const int64_t num_heads = text_weighted ? 1 : num_score_heads(attention.params, reduction);
   check.priority(priority, batch_size, num_heads, kv_len, query, "query");
-  check.disjoint({key, value}, {"key", "value"});
+  check.disjoint({key, value}, {"key", "value"}, 2);
   const VotingArgs voting =
       check_voting_rows(check, attention.params, query, row_index, row_weight, softmax_lse);
 
@@ -121,7 +121,7 @@ std::tuple<Tensor, Tensor, Tensor> score_and_compact(
   const auto [kept_indices, kept_lens] =
       select<device>(scores, dense(priority), attention.params.key_mask, budget, pool_kernel);
 
-  const std::vector<KvTensor> tensors = kv_tensors({key}, {value});
+  const std::vector<KvTensor> tensors = kv_tensors({key}, {value}, Access::kWrite);
   const int64_t head_stride = num_heads == 1 ? 0 : 1;
   const CompactKvParams params{
       {1, batch_size, num_kv_heads},

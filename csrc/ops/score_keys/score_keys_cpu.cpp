@@ -28,7 +28,7 @@ void score_query_heads(const ScoreKeysParams& params, const CpuWork& work, float
   const auto flush = [&](int64_t batch, int64_t kv_head) {
     if (block.num_rows == 0) return;
     attend<dtype, true>(attention, batch, kv_head, params.voting.softmax_lse, block);
-    weigh(block, [&](const AttentionRow& row) {
+    weigh(attention, batch, block, [&](const AttentionRow& row) {
       return params.voting.weight(batch, attention.num_qo_heads, row.head, row.entry);
     });
     for (int64_t panel = 0; panel < block.num_panels; ++panel) {
