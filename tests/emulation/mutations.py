@@ -319,6 +319,18 @@ MUTATIONS = [
             "__shfl_up_sync(kFullWarp, sum, distance)",
             "__shfl_up_sync(kFullWarp, sum, distance - 1)",
         ),
+        (
+            "last entry not filled up",
+            SELECT,
+            "i < k; i += num_threads",
+            "i + 1 < k; i += num_threads",
+        ),
+        (
+            "a lane counts itself",
+            REDUCTIONS,
+            "(1u << lane_index()) - 1",
+            "(2u << lane_index()) - 1",
+        ),
         ("a key behind the row", SELECT, "index + 3 >= kv_len", "index + 2 >= kv_len"),
         ("ties of all digits", SELECT, "threshold.ties -= bucket.above;", ""),
     ),
@@ -393,6 +405,7 @@ MUTATIONS = [
             "first < kWarpSize; first += kKeysInFlight",
             "first + kKeysInFlight < kWarpSize; first += kKeysInFlight",
         ),
+        ("wrong stride of rows", SELECT, "segments + row * num_segments", "segments + row"),
     ),
     *_of(
         "decide_kernel",
@@ -432,16 +445,16 @@ MUTATIONS = [
             "__shfl_sync(kFullWarp, above_bits, word ^ 1)",
         ),
         (
-            "last entry not filled up",
+            "wrong stride of blocks that fill up",
             SELECT,
-            "i < k; i += num_threads",
-            "i + 1 < k; i += num_threads",
+            "place.block * kSegmentThreads + threadIdx.x",
+            "threadIdx.x",
         ),
         (
-            "a lane counts itself",
-            REDUCTIONS,
-            "(1u << lane_index()) - 1",
-            "(2u << lane_index()) - 1",
+            "candidates of earlier words forgotten",
+            SELECT,
+            "num_candidates += __popc(candidates);\n    if",
+            "if",
         ),
     ),
     *_of(
@@ -484,6 +497,12 @@ MUTATIONS = [
         ),
         ("last column left out", MOVE, "* kSector, num_columns)", "* kSector, num_columns - 1)"),
         ("vectors wider than rows", MOVE, "rows.stride_seq | row_bytes;", "rows.stride_seq;"),
+        (
+            "threads that are left over copy, too",
+            MOVE,
+            "thread < row_step * width ? thread / width : 1u << 31",
+            "thread / width",
+        ),
     ),
     *_of(
         "move_rows_kernel, compact",
@@ -497,6 +516,7 @@ MUTATIONS = [
         ),
         ("ring one slot short", MOVE, "kMoveSlots = kMoveAhead + 1", "kMoveSlots = kMoveAhead"),
         ("rows in place are others", MOVE, "place == read", "place == read + 1"),
+        ("rows in place are copied, too", MOVE, "!valid || place == read", "!valid"),
     ),
     *_of(
         "pool_scores_kernel",
