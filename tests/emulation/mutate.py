@@ -69,8 +69,9 @@ def build_mutated(mutation: Mutation, build: Path, folder: Path) -> Path:
 
     link = run(["ninja", "-C", str(build), "-t", "commands", TARGET]).splitlines()[-1]
     link = link.removeprefix(": && ").removesuffix(" && :")
-    arguments = [str(obj) if argument == intact else argument for argument in shlex.split(link)]
+    arguments = [argument for argument in shlex.split(link) if argument != intact]
     arguments[arguments.index("-o") + 1] = str(library)
+    arguments.insert(arguments.index("-o"), str(obj))  # the first of several templates counts
     run(arguments, build)
     return library
 
