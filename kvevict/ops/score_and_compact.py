@@ -62,7 +62,8 @@ def score_and_compact(
         num_kv_heads, or 1 where all heads share one list.
 
     Raises:
-        ValueError: naming the argument, what it must be and what it is.
+        ValueError: naming the argument, what it must be and what it is. Values of ``row_index``
+            and ``row_weight`` are checked on the CPU, and on CUDA if ``KVEVICT_DEBUG=1``.
 
     Time and memory of the ops it is made of.
     """

@@ -12,7 +12,7 @@ namespace {
 template <DeviceType device>
 void compact_kv_(const std::vector<Tensor>& keys, const std::vector<Tensor>& values,
                  const Tensor& kept_indices, const std::optional<Tensor>& kept_lens) {
-  const Check check("compact_kv_");
+  const Check check("compact_kv_", device);
   const std::vector<KvTensor> tensors = check_kv_layers(check, keys, values, Access::kWrite);
   const KvShape shape{static_cast<int64_t>(keys.size()), keys[0].size(0), keys[0].size(1)};
   std::vector<int64_t> kv_lens;
