@@ -64,6 +64,8 @@ def score_and_compact(
     Raises:
         ValueError: naming the argument, what it must be and what it is. Values of ``row_index``
             and ``row_weight`` are checked on the CPU, and on CUDA if ``KVEVICT_DEBUG=1``.
+        RuntimeError: if autograd forbids to write key or value: it requires grad outside of
+            ``torch.no_grad()``, or is an inference tensor outside of inference mode.
 
     Time and memory of the ops it is made of.
     """

@@ -10,12 +10,10 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
-from tests.support.backends import CPU, EMULATED, OPS, Backend
+from tests.support.backends import CPU, EMULATED, OPS, WRITING, Backend, written_arguments
 from tests.support.checks import assert_same_bytes, clone
 from tests.support.refusals import REFUSALS, Refusal, make_good, overlapping_arguments
 from tests.support.samples import Arguments
-
-WRITING = ("compact_kv_", "score_and_compact")
 
 
 def on_device(tree: Arguments) -> Arguments:
@@ -76,7 +74,7 @@ def test_bad_values_are_safe_on_cuda(
     if debug is not None:
         monkeypatch.setenv("KVEVICT_DEBUG", debug)
     arguments = row.make_arguments(cuda_backend.device)
-    written = ("keys", "values", "key", "value") if row.op in WRITING else ()
+    written = written_arguments(row.op)
     others = {name: value for name, value in arguments.items() if name not in written}
     before = clone(others)
     cuda_backend.op(row.op)(**arguments)

@@ -3,6 +3,7 @@
 #include <vector>
 
 #include "binding/attention_args.h"
+#include "binding/in_place.h"
 #include "binding/kv_args.h"
 #include "binding/registration.h"
 #include "binding/run.h"
@@ -115,6 +116,7 @@ std::tuple<Tensor, Tensor, Tensor> score_and_compact(
   check.disjoint({key, value}, {"key", "value"}, 2);
   const VotingArgs voting =
       check_voting_rows(check, attention.params, query, row_index, row_weight, softmax_lse);
+  announce_writes(kOp, {key, value}, {"key", "value"});
 
   const Tensor scores =
       score<device>(query, attention.params, voting.rows, reduction, text_weighted);
