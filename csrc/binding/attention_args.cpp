@@ -94,20 +94,19 @@ VotingArgs check_voting_rows(const Check& check, const AttentionParams& attentio
   }
 
   VotingArgs args{{}, dense(row_index), dense(row_weight), dense(softmax_lse)};
-  args.rows = {data_or_null<int32_t>(args.row_index), data_or_null<float>(args.row_weight),
-               weight_per_head, data_or_null<float>(args.softmax_lse), num_rows};
-  if (query.is_cpu() && row_index) {
-    const int64_t bad = find_outside(args.rows.row_index, row_index->numel(), -1, attention.qo_len);
+  args.rows = {data_or_null<int32_t>(args.row_index),
+               data_or_null<float>(args.row_weight),
+               weight_per_head,
+               data_or_null<float>(args.softmax_lse),
+               num_rows,
+               attention.qo_len};
+  if (row_index) check.values_in_range(*args.row_index, "row_index", -1, attention.qo_len);
+  if (row_weight && check.reads_values()) {
+    const Tensor host = on_host(*args.row_weight);
+    const auto* weights = static_cast<const float*>(host.const_data_ptr());
+    const int64_t bad = find_bad_weight(weights, host.numel());
     if (bad >= 0) {
-      check.fail("row_index", "be in [-1, " + std::to_string(attention.qo_len) + ")",
-                 element_text(*row_index, bad, args.rows.row_index[bad]));
-    }
-  }
-  if (query.is_cpu() && row_weight) {
-    const int64_t bad = find_bad_weight(args.rows.row_weight, row_weight->numel());
-    if (bad >= 0) {
-      check.fail("row_weight", "be finite and at least 0",
-                 element_text(*row_weight, bad, args.rows.row_weight[bad]));
+      check.fail("row_weight", "be finite and at least 0", element_text(host, bad, weights[bad]));
     }
   }
   return args;

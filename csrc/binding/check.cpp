@@ -4,7 +4,10 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
+#include <cstring>
 #include <stdexcept>
+
+#include "core/validate.h"
 
 namespace kvevict {
 namespace {
@@ -121,7 +124,15 @@ bool overlaps_itself(const Extent& extent) {
   return false;
 }
 
+bool debugging() {
+  const char* debug = std::getenv("KVEVICT_DEBUG");
+  return debug && std::strcmp(debug, "1") == 0;
+}
+
 }  // namespace
+
+Check::Check(const char* op, DeviceType device)
+    : op_(op), reads_values_(device == DeviceType::CPU || debugging()) {}
 
 void Check::fail(const std::string& argument, const std::string& expectation,
                  const std::string& value) const {
@@ -208,6 +219,18 @@ void Check::priority(const std::optional<Tensor>& tensor, int64_t batch_size, in
   std::vector<Dim> expected{batch_size, kv_len};
   if (tensor->dim() == 3) expected.insert(expected.begin() + 1, num_heads);
   companion(*tensor, "priority", ScalarType::Byte, expected, reference, reference_name);
+}
+
+void Check::values_in_range(const Tensor& tensor, const std::string& argument, int64_t low,
+                            int64_t high) const {
+  if (!reads_values()) return;
+  const Tensor host = on_host(tensor);
+  const auto* values = static_cast<const int32_t*>(host.const_data_ptr());
+  const int64_t bad = find_outside(values, host.numel(), low, high);
+  if (bad >= 0) {
+    fail(argument, "be in [" + std::to_string(low) + ", " + std::to_string(high) + ")",
+         element_text(host, bad, values[bad]));
+  }
 }
 
 void Check::movable(const Tensor& tensor, const std::string& argument) const {

@@ -14,7 +14,12 @@ namespace kvevict {
 
 class Check {
  public:
-  explicit Check(const char* op) : op_(op) {}
+  // device: where the op runs.
+  Check(const char* op, DeviceType device);
+
+  // Whether values of small arguments are checked too. Always on the CPU, where they are read for
+  // free; elsewhere, where that waits for the device, if the environment has KVEVICT_DEBUG=1.
+  bool reads_values() const { return reads_values_; }
 
   [[noreturn]] void fail(const std::string& argument, const std::string& expectation,
                          const std::string& value) const;
@@ -48,6 +53,10 @@ class Check {
   void priority(const std::optional<Tensor>& tensor, int64_t batch_size, int64_t num_heads,
                 int64_t kv_len, const Tensor& reference, const std::string& reference_name) const;
 
+  // If values are read: those of a dense int32 tensor lie in [low, high).
+  void values_in_range(const Tensor& tensor, const std::string& argument, int64_t low,
+                       int64_t high) const;
+
   // A tensor whose elements can be moved as bytes.
   void movable(const Tensor& tensor, const std::string& argument) const;
 
@@ -58,6 +67,7 @@ class Check {
 
  private:
   const char* op_;
+  bool reads_values_;
 };
 
 // An offending element and its place: "900 at [1, 3, 17]".

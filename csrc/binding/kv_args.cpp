@@ -20,7 +20,11 @@ KvTensor kv_tensor(const Tensor& tensor, Access access) {
 // Every list once: shared ones (stride 0) are checked against the shortest layer.
 void check_list_values(const Check& check, const IndexArgs& args, const KvShape& shape,
                        const std::vector<int64_t>& kv_lens) {
-  const IndexLists& lists = args.lists;
+  const Tensor indices = on_host(args.indices);
+  const std::optional<Tensor> lens = args.lens ? std::optional(on_host(*args.lens)) : std::nullopt;
+  IndexLists lists = args.lists;
+  lists.indices = static_cast<const int32_t*>(indices.const_data_ptr());
+  lists.lens = data_or_null<int32_t>(lens);
   const bool per_layer = lists.stride_layer != 0 || lists.lens_stride_layer != 0;
   const bool per_head = lists.stride_head != 0 || lists.lens_stride_head != 0;
   for (int64_t layer = 0; layer < (per_layer ? shape.num_layers : 1); ++layer) {
@@ -39,12 +43,12 @@ void check_list_values(const Check& check, const IndexArgs& args, const KvShape&
         const int64_t outside = find_outside(list, len, 0, kv_len);
         if (outside >= 0) {
           check.fail("kept_indices", "be in [0, " + std::to_string(kv_len) + ")",
-                     element_text(args.indices, place(outside), list[outside]));
+                     element_text(indices, place(outside), list[outside]));
         }
         const int64_t descent = find_not_ascending(list, len);
         if (descent >= 0) {
           check.fail("kept_indices", "ascend strictly",
-                     element_text(args.indices, place(descent), list[descent]) + " after " +
+                     element_text(indices, place(descent), list[descent]) + " after " +
                          std::to_string(list[descent - 1]));
         }
       }
@@ -130,7 +134,7 @@ IndexArgs check_kept_indices(const Check& check, const Tensor& kept_indices,
       list_heads,
       head_stride,
   };
-  if (reference.is_cpu() && num_layers > 0) check_list_values(check, args, shape, kv_lens);
+  if (check.reads_values() && num_layers > 0) check_list_values(check, args, shape, kv_lens);
   return args;
 }
 

@@ -27,8 +27,8 @@ struct IndexArgs {
   std::optional<Tensor> lens;
 };
 
-// kv_lens: of each layer, or one for all. On the CPU, where the data can be read for free, every
-// list is checked to ascend within its layer.
+// kv_lens: of each layer, or one for all. If values are read, every list must ascend within its
+// layer.
 IndexArgs check_kept_indices(const Check& check, const Tensor& kept_indices,
                              const std::optional<Tensor>& kept_lens, const KvShape& shape,
                              const std::vector<int64_t>& kv_lens, const Tensor& reference,

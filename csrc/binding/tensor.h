@@ -33,6 +33,12 @@ inline std::optional<Tensor> dense(const std::optional<Tensor>& tensor) {
   return tensor ? std::optional<Tensor>(dense(*tensor)) : std::nullopt;
 }
 
+// The tensor where the host can read it; waits for its device.
+inline Tensor on_host(const Tensor& tensor) {
+  return tensor.is_cpu() ? tensor
+                         : torch::stable::to(tensor, torch::stable::Device(DeviceType::CPU));
+}
+
 template <typename T>
 const T* data_or_null(const std::optional<Tensor>& tensor) {
   return tensor ? static_cast<const T*>(tensor->const_data_ptr()) : nullptr;

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
@@ -66,6 +67,10 @@ def evict(
     tokens that came later work; assisted generation is refused, as it feeds its first draft
     together with the prompt.
 
+    A model is in at most one open context, and used by one thread at a time within it; models that
+    share a config object count as one, as transformers chooses attention by the config. Contexts
+    of different models do not disturb each other.
+
     Args:
         model: a causal language model or vision-language model, or its base model.
         policy: a `kvevict.policies` policy.
@@ -82,11 +87,12 @@ def evict(
 
     Raises:
         ValueError: on entering, if the model cannot be supported (no SDPA attention, encoder-
-            decoder); inside, for `use_cache=False`, static, quantized, offloaded and other caches
-            that are not dynamic, custom 4-D masks, bidirectional or cross attention in the
-            text layers, or inputs whose modality cannot be told. It never runs with the full
-            cache instead. Sliding-window and linear-attention layers of a hybrid stack are left
-            as they are; only the full-attention layers are evicted and count in the budget.
+            decoder), or it or one that shares its config is in an open context; inside, for
+            `use_cache=False`, static, quantized, offloaded and other caches that are not dynamic,
+            custom 4-D masks, bidirectional or cross attention in the text layers, or inputs whose
+            modality cannot be told. It never runs with the full cache instead. Sliding-window and
+            linear-attention layers of a hybrid stack are left as they are; only the full-attention
+            layers are evicted and count in the budget.
 
     Example:
         >>> with kvevict.evict(model, TGVKV(keep=0.05)) as eviction:
@@ -305,7 +311,7 @@ class Eviction:
         self.modality = modality
         self.reports: list[EvictionReport] = []
         self._text_config = model.config.get_text_config(decoder=True)
-        self._undo: list[Callable[[], None]] = []
+        self._undo = ExitStack()
         self._inputs: dict[str, Any] = {}
         self._step: _Step | None = None
 
@@ -341,6 +347,12 @@ class Eviction:
 
     def _check_model(self) -> Any:
         model, name = self.model, type(self.model).__name__
+        opened = _OPEN.get(id(self._text_config))
+        if opened is not None and opened.model.get_decoder() is not model.get_decoder():
+            raise ValueError(
+                f"kvevict.evict: {name} shares its config with a model inside an open `evict` "
+                "context; give each model a config of its own (copy.deepcopy)"
+            )
         if self._text_config._attn_implementation == ATTENTION_NAME:
             raise ValueError(f"kvevict.evict: {name} is already inside an open `evict` context")
         if getattr(model.config, "is_encoder_decoder", False):
@@ -369,8 +381,8 @@ class Eviction:
             )
         # By identity: configs compare by value.
         _OPEN[id(self._text_config)] = self
-        self._undo.append(self._close)
-        self._undo.append(lambda: switch(previous))
+        self._undo.callback(self._close)
+        self._undo.callback(switch, previous)
         switch(ATTENTION_NAME)
 
     def _add_hooks(self, decoder: Any) -> None:
@@ -380,20 +392,20 @@ class Eviction:
         ]
         for module in {id(m): m for m in (self.model, self.model.base_model)}.values():
             hooks.append(module.register_forward_pre_hook(self._note_inputs, with_kwargs=True))
-        self._undo.extend(hook.remove for hook in hooks)
+        for hook in hooks:
+            self._undo.callback(hook.remove)
 
     def _close(self) -> None:
         del _OPEN[id(self._text_config)]
 
     def _restore(self) -> None:
-        """Undo everything, the last change first."""
+        """Undo everything, the last change first, whatever one of the steps raises."""
         if self._step is not None:  # a forward was interrupted
             for layer in self._step.cache.layers:
                 if isinstance(layer, EvictedLayer):
                     layer.attached = False
         self._inputs, self._step = {}, None
-        while self._undo:
-            self._undo.pop()()
+        self._undo.close()
 
     # Hooks
 
@@ -471,7 +483,10 @@ class Eviction:
         """
         step = self._step
         if step is None:
-            raise RuntimeError("kvevict: attention was called outside of the decoder's forward")
+            raise RuntimeError(
+                "kvevict: attention was called outside of the forward of the model that is inside "
+                "`evict` (by a model that shares its config?)"
+            )
         layer_idx = module.layer_idx
         layer = step.cache.layers[layer_idx] if layer_idx < len(step.cache.layers) else None
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 Size = int | torch.SymInt
+Truth = bool | torch.SymBool
 Dim = Size | tuple[Size, Size] | None  # a size, one of two sizes, any
 ANY: Dim = None
 _LARGEST_FLOAT32 = (2 - 2.0**-23) * 2.0**127
@@ -22,18 +23,28 @@ class Check:
         self.op = op
 
     def fail(self, argument: str, expectation: str, value: object) -> NoReturn:
-        raise ValueError(f"kvevict::{self.op}: {argument} must {expectation}, got {value}")
+        raise ValueError(self._words(argument, expectation, value))
+
+    def require(self, holds: Truth, argument: str, expectation: str, value: object) -> None:
+        """Fails unless it holds; if that is known only when a graph runs, the graph checks it."""
+        check: Any = torch._check_value
+        check(holds, lambda: self._words(argument, expectation, value))
+
+    def _words(self, argument: str, expectation: str, value: object) -> str:
+        return f"kvevict::{self.op}: {argument} must {expectation}, got {value}"
 
     def shape(self, tensor: Tensor, argument: str, *expected: Dim) -> None:
         sizes = tensor.shape
-        fits = len(sizes) == len(expected) and all(
-            dim is None or (size in dim if isinstance(dim, tuple) else size == dim)
-            for size, dim in zip(sizes, expected, strict=True)
-        )
-        if not fits:
-            words = ", ".join(_dim_name(dim) for dim in expected)
-            comma = "," if len(expected) == 1 else ""
-            self.fail(argument, f"have shape ({words}{comma})", tuple(sizes))
+        words = ", ".join(_dim_name(dim) for dim in expected)
+        comma = "," if len(expected) == 1 else ""
+        expectation = f"have shape ({words}{comma})"
+        if len(sizes) != len(expected):
+            self.fail(argument, expectation, tuple(sizes))
+        for size, dim in zip(sizes, expected, strict=True):
+            if dim is not None:
+                first, second = dim if isinstance(dim, tuple) else (dim, dim)
+                fits = (size == first) | (size == second)
+                self.require(fits, argument, expectation, tuple(sizes))
 
     def dtype(self, tensor: Tensor, argument: str, *allowed: torch.dtype) -> None:
         if tensor.dtype not in allowed:
@@ -45,16 +56,15 @@ class Check:
             self.fail(argument, f"be on {reference.device} as {name} is", tensor.device)
 
     def contiguous_last_dim(self, tensor: Tensor, argument: str) -> None:
-        if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
-            self.fail(argument, "have a contiguous last dimension", f"stride {tensor.stride(-1)}")
+        stride = tensor.stride(-1)
+        fits = (tensor.shape[-1] <= 1) | (stride == 1)
+        self.require(fits, argument, "have a contiguous last dimension", f"stride {stride}")
 
     def at_least(self, value: Size, argument: str, minimum: int) -> None:
-        if value < minimum:
-            self.fail(argument, f"be at least {minimum}", value)
+        self.require(value >= minimum, argument, f"be at least {minimum}", value)
 
     def in_range(self, value: Size, argument: str, low: int, high: int) -> None:
-        if not low <= value < high:
-            self.fail(argument, f"be in [{low}, {high})", value)
+        self.require((value >= low) & (value < high), argument, f"be in [{low}, {high})", value)
 
     def one_of(self, value: int, argument: str, names: Sequence[str]) -> None:
         if not 0 <= value < len(names):
@@ -99,16 +109,17 @@ def check_attention(
     check.shape(query, "query", ANY, ANY, ANY, ANY)
     check.contiguous_last_dim(query, "query")
     batch_size, num_qo_heads, qo_len, head_dim = query.shape
-    if head_dim < 8 or head_dim > 256 or head_dim % 8 != 0:
-        check.fail("query", "have a head_dim that is a multiple of 8 up to 256", head_dim)
+    fits = (head_dim >= 8) & (head_dim <= 256) & (head_dim % 8 == 0)
+    check.require(fits, "query", "have a head_dim that is a multiple of 8 up to 256", head_dim)
     check.companion(key, "key", query.dtype, (batch_size, ANY, ANY, head_dim), query, "query")
     check.contiguous_last_dim(key, "key")
     num_kv_heads, kv_len = key.shape[1:3]
     check.at_least(num_kv_heads, "key's num_kv_heads", 1)
-    if num_qo_heads < 1 or num_qo_heads % num_kv_heads != 0:
-        check.fail("query", f"have a multiple of key's {num_kv_heads} heads", num_qo_heads)
-    if causal and qo_len > kv_len:
-        check.fail("query", f"have at most kv_len = {kv_len} rows when causal", qo_len)
+    fits = (num_qo_heads >= 1) & (num_qo_heads % num_kv_heads == 0)
+    check.require(fits, "query", f"have a multiple of key's {num_kv_heads} heads", num_qo_heads)
+    if causal:
+        words = f"have at most kv_len = {kv_len} rows when causal"
+        check.require(qo_len <= kv_len, "query", words, qo_len)
     if key_mask is not None:
         check.companion(key_mask, "key_mask", torch.bool, (batch_size, kv_len), query, "query")
     if sm_scale is not None:
@@ -192,7 +203,7 @@ def _dim_name(dim: Dim) -> str:
     if dim is None:
         return "*"
     if isinstance(dim, tuple):
-        return f"{dim[0]} or {dim[1]}" if dim[0] != dim[1] else str(dim[0])
+        return " or ".join(dict.fromkeys(map(str, dim)))
     return str(dim)
 
 

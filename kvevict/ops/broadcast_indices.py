@@ -43,7 +43,7 @@ def broadcast_indices(
 
     Raises:
         ValueError: naming the argument, what it must be and what it is. Values are checked on the
-            CPU only.
+            CPU, and on CUDA if ``KVEVICT_DEBUG=1``.
 
     O(num_layers * batch_size * num_kv_heads * k) time, no extra memory.
     """

@@ -62,7 +62,10 @@ def score_and_compact(
         num_kv_heads, or 1 where all heads share one list.
 
     Raises:
-        ValueError: naming the argument, what it must be and what it is.
+        ValueError: naming the argument, what it must be and what it is. Values of ``row_index``
+            and ``row_weight`` are checked on the CPU, and on CUDA if ``KVEVICT_DEBUG=1``.
+        RuntimeError: if autograd forbids to write key or value: it requires grad outside of
+            ``torch.no_grad()``, or is an inference tensor outside of inference mode.
 
     Time and memory of the ops it is made of.
     """
@@ -118,10 +121,11 @@ def _(
             check.fail("row_weight", "be None when text_weighted", "a tensor")
         if not causal:
             check.fail("causal", "be True when text_weighted", False)
-    elif head_reduction == HeadReduction.NONE and query.shape[1] != num_kv_heads:
-        check.fail("head_reduction", f"reduce to key's {num_kv_heads} heads", "0 (NONE)")
-    if pool_kernel < 1 or pool_kernel % 2 == 0:
-        check.fail("pool_kernel", "be odd and at least 1", pool_kernel)
+    elif head_reduction == HeadReduction.NONE:
+        words = f"reduce to key's {num_kv_heads} heads"
+        check.require(query.shape[1] == num_kv_heads, "head_reduction", words, "0 (NONE)")
+    is_odd = (pool_kernel >= 1) & (pool_kernel % 2 == 1)
+    check.require(is_odd, "pool_kernel", "be odd and at least 1", pool_kernel)
     num_heads = 1 if text_weighted else num_score_heads(query, key, head_reduction)
     if priority is not None:
         check_priority(check, priority, (batch_size, num_heads, kv_len), query, "query")

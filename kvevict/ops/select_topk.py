@@ -35,7 +35,7 @@ def select_topk(
 
     Raises:
         ValueError: naming the argument, what it must be and what it is. Values of ``row_k`` are
-            checked on the CPU only.
+            checked on the CPU, and on CUDA if ``KVEVICT_DEBUG=1``.
 
     O(kv_len + k) time per row: a radix select and one ordered sweep. Extra memory: two copies of a
     row per thread.

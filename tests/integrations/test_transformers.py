@@ -734,6 +734,41 @@ def test_an_exception_inside_a_forward(model: Any) -> None:
     assert state_of(model) == before
 
 
+def test_everything_is_undone_though_one_step_fails() -> None:
+    model = copy.deepcopy(get_model("llava"))
+    hooks, _, _ = state_of(model)
+    switch = model.set_attn_implementation
+
+    def refuse_sdpa(implementation: dict[str, str]) -> None:
+        if implementation == {"text_config": "sdpa"}:
+            raise ZeroDivisionError
+        switch(implementation)
+
+    model.set_attn_implementation = refuse_sdpa
+    with pytest.raises(ZeroDivisionError), kvevict.evict(model, TGVKV(keep=0.2)):
+        pass
+    assert state_of(model)[0] == hooks
+    assert not integration._OPEN
+
+
+def test_models_that_share_a_config() -> None:
+    config = LlamaConfig(**TEXT_CONFIG)
+    model, other = LlamaForCausalLM(config).eval(), LlamaForCausalLM(config).eval()
+    inputs = make_inputs(model, [ONE_IMAGE])
+    with kvevict.evict(model, SnapKV(keep=0.5)):
+        with (
+            pytest.raises(ValueError, match="shares its config with a model inside an open"),
+            kvevict.evict(other, SnapKV(keep=0.5)),
+        ):
+            pass
+        with pytest.raises(RuntimeError, match="by a model that shares its config"):
+            generate(other, inputs, num_new=1)
+        generate(model, inputs, num_new=1)
+    with kvevict.evict(other, SnapKV(keep=0.5)) as eviction:
+        generate(other, inputs, num_new=1)
+    assert eviction.kept
+
+
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 def test_the_vision_tower_keeps_its_attention(implementation: str) -> None:
     model = VISION_MODELS["llava"]()

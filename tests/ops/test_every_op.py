@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from kvevict import ops, reference
-from tests.support.backends import OPS, Backend
+from tests.support.backends import OPS, WRITING, Backend, written_arguments
 from tests.support.checks import (
     assert_compiles,
     assert_fake_matches,
@@ -25,8 +25,6 @@ from tests.support.checks import (
     take_sequence,
 )
 from tests.support.samples import NAMES, SAMPLES, Sizes, make_sample
-
-WRITING = ("compact_kv_", "score_and_compact")
 
 every_op = pytest.mark.parametrize("op", OPS)
 every_sample = pytest.mark.parametrize(("op", "sample"), NAMES)
@@ -60,6 +58,11 @@ def test_signature(op: str) -> None:
     assert in_schema == parameters(getattr(reference, op))
 
 
+def tensors_of(tree: Any) -> list[Tensor]:
+    """Return the tensors in a tree of arguments."""
+    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
 @every_sample
 def test_public_function_is_the_op(op: str, sample: str) -> None:
     arguments = make_sample(op, sample)
@@ -89,7 +92,7 @@ def test_compile(traceable_backend: Backend, op: str, sample: str) -> None:
     assert_compiles(traceable_backend, op, [small, large], "aot_eager")
 
 
-@pytest.mark.parametrize("op", ["compact_kv_", "score_and_compact"])
+@pytest.mark.parametrize("op", WRITING)
 def test_compile_with_inductor(traceable_backend: Backend, op: str) -> None:
     arguments = make_sample(op, "full", Sizes(traceable_backend.device))
     assert_compiles(traceable_backend, op, [arguments], "inductor")
@@ -130,11 +133,74 @@ def test_each_sequence_stands_alone(backend: Backend, op: str, sample: str) -> N
 @every_sample
 def test_inputs_are_not_written(backend: Backend, op: str, sample: str) -> None:
     arguments = make_sample(op, sample, Sizes(backend.device))
-    written = ("keys", "values", "key", "value") if op in WRITING else ()
     before = clone(arguments)
     backend.op(op)(**arguments)
-    for name in set(arguments) - set(written):
+    for name in set(arguments) - set(written_arguments(op)):
         assert_same_bytes(arguments[name], before[name], name)
+
+
+def last_written(op: str, arguments: dict[str, Any]) -> Tensor:
+    """Return one of the tensors that a call writes."""
+    written = arguments[written_arguments(op)[-1]]
+    return written[-1] if isinstance(written, list) else written
+
+
+def with_last_written(op: str, arguments: dict[str, Any], tensor: Tensor) -> dict[str, Any]:
+    """Return a call that writes that tensor instead of `last_written`."""
+    name = written_arguments(op)[-1]
+    written = arguments[name]
+    changed = [*written[:-1], tensor] if isinstance(written, list) else tensor
+    return {**arguments, name: changed}
+
+
+@pytest.mark.parametrize("op", WRITING)
+def test_writing_is_known_to_autograd(backend: Backend, op: str) -> None:
+    """A backward through what was saved of a cache fails if the cache was written meanwhile."""
+    arguments = make_sample(op, "full", Sizes(backend.device))
+
+    def versions() -> dict[str, list[int]]:
+        return {name: [t._version for t in tensors_of(value)] for name, value in arguments.items()}
+
+    before = versions()
+    weight = torch.ones((), device=backend.device, requires_grad=True)
+    loss = (weight * last_written(op, arguments)).sum()
+    backend.op(op)(**arguments)
+    for name, after in versions().items():
+        raised = int(name in written_arguments(op))
+        assert after == [version + raised for version in before[name]], name
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("op", WRITING)
+def test_what_requires_grad_is_not_written(backend: Backend, op: str) -> None:
+    arguments = make_sample(op, "full", Sizes(backend.device))
+    leaf = last_written(op, arguments).clone().requires_grad_()
+    cases = {
+        "a leaf Variable that requires grad is being used in an in-place operation": leaf,
+        "in-place operation that has no derivative": leaf * 1,
+        "in-place operation that has no derivative.": leaf[:],
+    }
+    for words, tensor in cases.items():
+        call = with_last_written(op, arguments, tensor)
+        before = clone(call)
+        with pytest.raises(RuntimeError, match=f"kvevict::{op}: .*{words}"):
+            backend.op(op)(**call)
+        assert_same_bytes(call, before)
+    with torch.no_grad():
+        backend.op(op)(**with_last_written(op, arguments, leaf))
+    assert leaf._version == 1
+
+
+@pytest.mark.parametrize("op", WRITING)
+def test_inference_tensors(backend: Backend, op: str) -> None:
+    """As elsewhere in torch, they can be written only in inference mode."""
+    arguments = make_sample(op, "full", Sizes(backend.device))
+    with torch.inference_mode():
+        call = with_last_written(op, arguments, last_written(op, arguments).clone())
+        backend.op(op)(**call)
+    with pytest.raises(RuntimeError, match="Inplace update to inference tensor outside"):
+        backend.op(op)(**call)
 
 
 @every_op

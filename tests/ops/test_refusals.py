@@ -10,12 +10,10 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
-from tests.support.backends import EMULATED, OPS, Backend
+from tests.support.backends import CPU, EMULATED, OPS, WRITING, Backend, written_arguments
 from tests.support.checks import assert_same_bytes, clone
 from tests.support.refusals import REFUSALS, Refusal, make_good, overlapping_arguments
 from tests.support.samples import Arguments
-
-WRITING = ("compact_kv_", "score_and_compact")
 
 
 def on_device(tree: Arguments) -> Arguments:
@@ -47,13 +45,16 @@ def test_every_argument_has_refusals() -> None:
 
 
 @pytest.mark.parametrize("row", REFUSALS, ids=str)
-def test_refusal(backend: Backend, row: Refusal) -> None:
-    if row.reads_data and backend.device != "cpu":
-        pytest.skip("data is not read on this device")
+def test_refusal(backend: Backend, row: Refusal, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("KVEVICT_DEBUG", raising=False)
+    if row.reads_data and backend != CPU:
+        monkeypatch.setenv("KVEVICT_DEBUG", "1")
     if row.case == "device" and backend == EMULATED:
         pytest.skip("a meta tensor asks for a fake kernel, and it has none")
     arguments = row.make_arguments(backend.device)
     message = refused(backend, row.op, arguments, row.blamed)
+    if row.reads_data and backend != CPU:
+        assert message == refused(CPU, row.op, row.make_arguments("cpu"), row.blamed)
     if row.reads_data or backend == EMULATED:  # has no fake kernels
         return
     with FakeTensorMode() as mode:
@@ -61,6 +62,23 @@ def test_refusal(backend: Backend, row: Refusal) -> None:
         with pytest.raises(ValueError) as error:
             backend.op(row.op)(**fake_arguments)
     assert str(error.value) == message
+
+
+@pytest.mark.parametrize("debug", [None, "0"])
+@pytest.mark.parametrize("row", [row for row in REFUSALS if row.reads_data], ids=str)
+def test_bad_values_are_safe_on_cuda(
+    cuda_backend: Backend, row: Refusal, debug: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CUDA does not read values unless asked to; bad ones spoil the results and nothing else."""
+    monkeypatch.delenv("KVEVICT_DEBUG", raising=False)
+    if debug is not None:
+        monkeypatch.setenv("KVEVICT_DEBUG", debug)
+    arguments = row.make_arguments(cuda_backend.device)
+    written = written_arguments(row.op)
+    others = {name: value for name, value in arguments.items() if name not in written}
+    before = clone(others)
+    cuda_backend.op(row.op)(**arguments)
+    assert_same_bytes(others, before)
 
 
 @pytest.mark.parametrize("case", range(3))

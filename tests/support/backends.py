@@ -25,6 +25,15 @@ OPS = (
 )
 
 
+def written_arguments(op: str) -> tuple[str, ...]:
+    """Return the names of the arguments that an op writes."""
+    arguments = getattr(torch.ops.kvevict, op).default._schema.arguments
+    return tuple(a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write)
+
+
+WRITING = tuple(op for op in OPS if written_arguments(op))
+
+
 @dataclass(frozen=True)
 class Backend:
     """One place to run an op: `namespace` is the one of torch.ops, inputs live on `device`."""

@@ -25,7 +25,8 @@ SIZES = Sizes()
 class Refusal:
     """One bad call: a good one of `op` with `argument` replaced by `change` of itself.
 
-    blamed: the argument that the message names. reads_data: only the CPU must notice.
+    blamed: the argument that the message names. reads_data: only the CPU must notice, or CUDA with
+    KVEVICT_DEBUG=1.
     """
 
     op: str
