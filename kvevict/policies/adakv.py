@@ -89,6 +89,6 @@ def _count_winners(scores: Tensor, classes: Tensor, tokens: Tensor) -> Tensor:
     )
     last = num_heads * kv_len
     ascending = kept_indices[:, 0].where(kept_indices[:, 0] >= 0, last)
-    ends = torch.arange(kv_len, last + 1, kv_len, device=scores.device, dtype=torch.int32)
+    ends = kv_len * torch.arange(1, num_heads + 1, device=scores.device, dtype=torch.int32)
     before = torch.searchsorted(ascending, ends.expand(len(ascending), -1).contiguous())
     return before.diff(dim=1, prepend=before.new_zeros(len(before), 1))

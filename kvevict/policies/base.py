@@ -29,7 +29,7 @@ from torch import Tensor
 
 from kvevict import ops
 from kvevict.ops.enums import HeadReduction, Statistic
-from kvevict.priority import build_priority
+from kvevict.priority import FORCED, build_priority
 
 TEXT, IMAGE, VIDEO, AUDIO = 0, 1, 2, 3
 """Codes of `Prompt.modality`, as transformers' `mm_token_type_ids` has them."""
@@ -367,6 +367,10 @@ class Policy:
             num_recent=recent,
             preferred=preferred,
         )
+
+    def num_forced(self, prompt: Prompt) -> Tensor:
+        """Return how many keys do not compete at a budget of `keep` [batch_size] int64."""
+        return (self.priority(prompt, self.keep_tokens(prompt)) == FORCED).sum(1)
 
     def ranking(self, layer: LayerScores, priority: Tensor) -> Tensor:
         """Return the scores that select inside a class, `layer.scores` unless overridden."""

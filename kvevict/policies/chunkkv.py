@@ -79,7 +79,7 @@ def _average_chunks(scores: Tensor, ordinary: Tensor, chunk_len: int) -> Tensor:
     """
     missing = -scores.shape[1] % chunk_len
     chunks, counted = (
-        torch.nn.functional.pad(t, (0, missing)).unflatten(1, (-1, chunk_len))
+        torch.nn.functional.pad(t, (0, missing)).view(len(scores), -1, chunk_len)
         for t in (scores.where(ordinary, 0.0), ordinary.float())
     )
     total, count = chunks[..., 0], counted[..., 0]

@@ -93,7 +93,8 @@ class CORM(Policy):
         for layer in layers:
             limit = self.keep_tokens(layer.prompt)
             forced = (self.priority(layer.prompt, limit) == FORCED)[:, None]
-            major = (layer.scores >= 1) & layer.prompt.valid[:, None]
+            # A uniform row makes every key major, whichever way it was rounded.
+            major = (layer.scores >= 1 - 1e-5) & layer.prompt.valid[:, None]
             counts.append((major | forced).sum(2).minimum(limit[:, None]))
         return keep_whole(self, layers, torch.stack(counts))
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from kvevict.ops.enums import HeadReduction, Statistic
 from kvevict.policies._shares import keep_whole
 from kvevict.policies.base import LayerScores, Policy, Prompt
-from kvevict.priority import FORCED
+from kvevict.priority import ORDINARY
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class DBudgetKV(Policy):
         if self.keep is None:
             return torch.stack(needed)
         total = torch.stack([self.keep_tokens(layer.prompt) for layer in layers]).sum(0)
-        least = sum(self._forced(layer.prompt).sum(1) for layer in layers[num_full:])
+        least = sum(self.num_forced(layer.prompt) for layer in layers[num_full:])
         full = lens[:num_full].minimum((total - least) // max(num_full, 1))
         other = ((total - full.sum(0)) // max(num_other, 1)).expand(num_other, -1)
         limits = torch.cat([full, other])
@@ -80,13 +80,10 @@ class DBudgetKV(Policy):
         """Prefer the newer key."""
         return layer.prompt.rank_from_start.float()[:, None]
 
-    def _forced(self, prompt: Prompt) -> Tensor:
-        return self.priority(prompt, self.keep_tokens(prompt)) == FORCED
-
     def _size(self, layer: LayerScores) -> Tensor:
         """Return how many keys one layer needs [batch_size] int64."""
         energy = layer.scores[:, 0].where(layer.prompt.valid, 0.0).double()
-        may_go = layer.prompt.valid & ~self._forced(layer.prompt)
+        may_go = self.priority(layer.prompt, self.keep_tokens(layer.prompt)) == ORDINARY
         lost = energy.where(may_go, 0.0).cumsum(1)
         bearable = energy.sum(1, keepdim=True) * (1 - (1 - self.tolerance) ** 2)
         return layer.prompt.lens - (may_go & (lost <= bearable)).sum(1)

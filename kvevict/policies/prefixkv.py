@@ -12,7 +12,6 @@ from torch import Tensor
 from kvevict.ops.enums import HeadReduction
 from kvevict.policies._shares import keep_whole
 from kvevict.policies.base import LayerScores, Policy, Prompt
-from kvevict.priority import FORCED
 
 
 @dataclass(frozen=True)
@@ -51,14 +50,10 @@ class PrefixKV(Policy):
     def budgets(self, layers: Sequence[LayerScores]) -> Tensor:
         """Return the sizes at the common share of attention [num_layers, batch_size] int64."""
         tokens = [self.keep_tokens(layer.prompt) for layer in layers]
-        forced = [
-            (self.priority(layer.prompt, budget) == FORCED).sum(1)
-            for layer, budget in zip(layers, tokens, strict=True)
-        ]
+        forced = [self.num_forced(layer.prompt) for layer in layers]
         curves = [_curve(*pair) for pair in zip(layers, forced, strict=True)]
-        values = (
-            torch.cat([*curves, torch.full_like(curves[0][:, :1], torch.inf)], 1).sort(1).values
-        )
+        end = curves[0].new_full((len(curves[0]), 1), torch.inf)
+        values = torch.cat([*curves, end], 1).sort(1).values
         num_free = torch.stack(tokens).sum(0) - torch.stack(forced).sum(0)
         sequence = torch.arange(len(values), device=values.device)
         share = values[sequence, num_free.clamp(max=values.shape[1] - 1)][:, None]
@@ -71,10 +66,8 @@ def _curve(layer: LayerScores, forced: Tensor) -> Tensor:
 
     Infinity from the entry on that the forced keys leave no place for.
     """
-    mass = (
-        layer.scores[:, 0].where(layer.prompt.valid, 0.0).double().sort(1, descending=True).values
-    )
-    curve = mass.cumsum(1)
+    mass = layer.scores[:, 0].where(layer.prompt.valid, 0.0).double()
+    curve = mass.sort(1, descending=True).values.cumsum(1)
     curve = curve / curve[:, -1:].clamp(min=torch.finfo(torch.float64).tiny)
     place = torch.arange(curve.shape[1], device=curve.device)
     return curve.masked_fill(place >= (layer.prompt.lens - forced)[:, None], torch.inf)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kvevict.policies.base import LayerScores, Policy, Prompt
-from kvevict.priority import FORCED, ORDINARY
+from kvevict.priority import ORDINARY
 
 
 @dataclass(frozen=True)
@@ -53,10 +53,6 @@ class SnapKV(Policy):
     def priority(self, prompt: Prompt, budget: Tensor) -> Tensor:
         """Force the window and the sinks that fit `keep`, in every layer and head alike."""
         return self.force(prompt, self.keep_tokens(prompt), num_recent=self.window)
-
-    def num_forced(self, prompt: Prompt) -> Tensor:
-        """Return how many keys do not compete [batch_size] int64."""
-        return (self.priority(prompt, self.keep_tokens(prompt)) == FORCED).sum(1)
 
     def ranking(self, layer: LayerScores, priority: Tensor) -> Tensor:
         """Pool the scores of ordinary keys, exactly as `kvevict.score_and_compact` does."""

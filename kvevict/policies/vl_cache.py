@@ -114,11 +114,13 @@ def _density(
     group_size = num_qo_heads // num_kv_heads
     sequence = torch.arange(batch_size, device=query.device)[:, None]
     column = torch.arange(kv_len, device=query.device)
+    num_rows = max(1, ROWS_AT_ONCE // group_size)
     used = torch.zeros(batch_size, dtype=torch.int64, device=query.device)
     allowed = torch.zeros_like(used)
     for head in range(num_kv_heads):
         head_keys = key[:, head, None].float()
-        for block in row_index.long().split(max(1, ROWS_AT_ONCE // group_size), 1):
+        for first in range(0, row_index.shape[1], num_rows):
+            block = row_index[:, first : first + num_rows].long()
             seen = column <= (kv_len - qo_len + block)[..., None]
             seen = (seen & (block >= 0)[..., None] & prompt.valid[:, None])[:, :, None]
             group = query[:, head * group_size : (head + 1) * group_size]
