@@ -1,4 +1,4 @@
-"""Policies on tensors: worked examples, budget formulas, forced sets, the oracle composition."""
+"""TGV-KV and SnapKV on tensors: budget formulas, order, forced sets; fields that are refused."""
 
 from __future__ import annotations
 
