@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import random
 import re
+from itertools import product
 
 import pytest
 import torch
@@ -96,3 +98,67 @@ def test_interleaved_key_and_value_do_not_overlap(backend: Backend) -> None:
     expected = fused[:, [1, 3, 5]].clone()
     backend.op("compact_kv_")([key], [value], kept_indices.expand(2, 1, 3))
     assert_same_bytes(fused[:, :3], expected)
+
+
+def test_interleaved_keys_and_values_of_different_width(backend: Backend) -> None:
+    fused = torch.randn(2, 6, 3, 160, device=backend.device).transpose(1, 2)
+    key, value = fused[..., :64], fused[..., 64:]
+    kept_indices = torch.tensor([[[1, 3, 5]]], dtype=torch.int32, device=backend.device)
+    expected = fused[:, :, [1, 3, 5]].clone()
+    backend.op("compact_kv_")([key], [value], kept_indices.expand(2, 1, 3))
+    assert_same_bytes(fused[:, :, :3], expected)
+
+
+BUFFER_BYTES = 400
+Layout = tuple[tuple[int, ...], tuple[int, ...], int]  # sizes, strides, offset
+
+
+def random_layout(rng: random.Random, outer: tuple[int, ...], *, nested: bool) -> Layout:
+    """Return where a small cache of bytes lies; nested: each stride steps over all smaller ones."""
+    width = rng.randint(1, 4)
+    strides, covered = [0, 0, 0], width
+    for dim in rng.sample(range(3), 3):
+        strides[dim] = covered + rng.choice([0, 0, 1, 2, 5]) if nested else rng.randint(0, 12)
+        covered += strides[dim] * (outer[dim] - 1)
+    return (*outer, width), (*strides, 1), rng.randint(0, 40)
+
+
+def addresses(layout: Layout) -> list[int]:
+    """Return the place of every element."""
+    sizes, strides, offset = layout
+    places = product(*map(range, sizes))
+    return [offset + sum(i * s for i, s in zip(at, strides, strict=True)) for at in places]
+
+
+@pytest.mark.parametrize("nested", [True, False])
+def test_overlap_is_what_enumeration_finds(nested: bool) -> None:
+    """Strides as tensors have them are told exactly; with others no overlap is accepted."""
+    rng = random.Random(0)
+    buffer = torch.zeros(BUFFER_BYTES, dtype=torch.uint8)
+    accepted = 0
+    for _ in range(2000):
+        outer = tuple(rng.randint(1, 4) for _ in range(3))
+        layouts = [random_layout(rng, outer, nested=nested) for _ in range(2)]
+        if max(map(max, map(addresses, layouts))) >= BUFFER_BYTES:
+            continue
+        places = addresses(layouts[0]) + addresses(layouts[1])
+        overlaps = len(set(places)) < len(places)
+        key, value = (buffer.as_strided(*layout) for layout in layouts)
+        try:
+            CPU.op("compact_kv_")([key], [value], torch.empty(outer[0], 1, 0, dtype=torch.int32))
+        except ValueError as error:
+            assert "overlap" in str(error)
+            assert overlaps or not nested, layouts
+        else:
+            assert not overlaps, layouts
+            accepted += 1
+    assert accepted > 100
+
+
+def test_overlap_of_unrelated_strides_is_decided_quickly() -> None:
+    """Caches of many rows that interleave in no common order are refused, not searched."""
+    buffer = torch.zeros(40 << 20, dtype=torch.uint8)
+    key = buffer.as_strided((1, 40, 10_000, 8), (0, 10_003 * 96, 64, 1), 0)
+    value = buffer.as_strided((1, 40, 10_000, 8), (0, 10_001 * 96, 96, 1), 16)
+    empty = torch.empty(1, 1, 0, dtype=torch.int32)
+    refused(CPU, "compact_kv_", {"keys": [key], "values": [value], "kept_indices": empty}, "values")
