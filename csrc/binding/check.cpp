@@ -232,6 +232,14 @@ void Check::finite(double value, const std::string& argument) const {
   fail(argument, "be finite", std::isnan(value) ? "nan" : value > 0 ? "inf" : "-inf");
 }
 
+void Check::indexable(const Tensor& tensor, const std::string& argument, int64_t dim,
+                      const char* size_name) const {
+  const int64_t size = tensor.size(dim);
+  if (size < kIndexEnd) return;
+  fail(argument, std::string("have a ") + size_name + " below " + std::to_string(kIndexEnd),
+       std::to_string(size));
+}
+
 void Check::companion(const Tensor& tensor, const std::string& argument, ScalarType type,
                       std::vector<Dim> expected, const Tensor& reference,
                       const std::string& reference_name) const {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvevict.ops._check import ANY, Check, check_kept_indices
+from kvevict.ops._check import ANY, INDEX_END, Check, check_kept_indices
 from kvevict.ops._fake import register_fake
 
 
@@ -82,6 +82,7 @@ def _(
         check.companion(
             base_indices, "base_indices", torch.int32, shape, kept_indices, "kept_indices"
         )
+        check.indexable(base_indices, "base_indices", 3, "k")
     if block_tables is not None:
         check.companion(
             block_tables,
@@ -91,7 +92,7 @@ def _(
             kept_indices,
             "kept_indices",
         )
-        check.in_range(page_size, "page_size", 1, 2**31)
+        check.in_range(page_size, "page_size", 1, INDEX_END)
     check_kept_indices(
         check,
         kept_indices,

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from tests.support.backends import CPU, EMULATED, OPS, WRITING, Backend, written_arguments
 from tests.support.checks import assert_same_bytes, clone
 from tests.support.refusals import REFUSALS, Refusal, make_good, overlapping_arguments
-from tests.support.samples import Arguments
+from tests.support.samples import Arguments, Sizes, make_sample
 
 
 def on_device(tree: Arguments) -> Arguments:
@@ -88,6 +88,44 @@ def test_bad_values_are_safe_on_cuda(
 def test_key_and_value_that_overlap(backend: Backend, op: str, case: int) -> None:
     _, arguments = list(overlapping_arguments(op, backend.device))[case]
     refused(backend, op, arguments, "values" if op == "compact_kv_" else "value")
+
+
+def lengthened(tensor: Tensor, dim: int) -> Tensor:
+    """Return a tensor that is too long for int32 indices, and takes no memory for it."""
+    size = list(tensor.shape)
+    size[dim] = 2**31
+    return tensor.narrow(dim, 0, 1).expand(size)
+
+
+TOO_LONG = (
+    ("select_topk", "plain", {"scores": 2}),
+    ("score_keys", "weights_per_head", {"query": 2}),
+    ("score_keys_by_text", "plain", {"query": 2, "key": 2}),
+    ("score_and_compact", "plain", {"key": 2, "value": 2}),
+    ("gather_kv", "shared", {"keys": 2, "values": 2}),
+    ("gather_kv", "shared", {"kept_indices": 2}),
+    ("compact_kv_", "shared", {"keys": 2, "values": 2}),
+    ("broadcast_indices", "full", {"kept_indices": 3}),
+    ("broadcast_indices", "full", {"base_indices": 3}),
+)
+
+
+@pytest.mark.parametrize(("op", "sample", "long"), TOO_LONG)
+def test_more_than_int32_can_index(
+    backend: Backend, op: str, sample: str, long: dict[str, int]
+) -> None:
+    arguments = make_sample(op, sample, Sizes(backend.device))
+    for name, dim in long.items():
+        arguments[name] = pytree.tree_map(lambda t, dim=dim: lengthened(t, dim), arguments[name])
+    words = (
+        rf"kvevict::{op}: \w+(\[0\])? must have a (kv_len|qo_len|k) below 2147483648, got 21474836"
+    )
+    with pytest.raises(ValueError, match=words):
+        backend.op(op)(**arguments)
+    if backend == EMULATED:
+        return
+    with FakeTensorMode() as mode, pytest.raises(ValueError, match=words):
+        backend.op(op)(**pytree.tree_map_only(Tensor, mode.from_tensor, arguments))
 
 
 def test_interleaved_key_and_value_do_not_overlap(backend: Backend) -> None:

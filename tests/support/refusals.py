@@ -300,7 +300,7 @@ def _select_topk() -> Iterator[Refusal]:
         "scores",
         {"rank": drop(0), "float16": cast(torch.float16), "float64": cast(torch.float64)},
     )
-    yield from _rows(op, "k", {"negative": to(-1)})
+    yield from _rows(op, "k", {"negative": to(-1), "huge": to(2**31), "largest": to(2**63 - 1)})
     yield from _tensor(op, "row_k", torch.int64, batch_size=shorten(0), heads=shorten(1))
     yield from _rows(
         op, "row_k", {"negative": put(-1, 0, 1), "above_k": put(SIZES.k + 1, 1, 0)}, reads_data=True
@@ -354,7 +354,7 @@ def _score_and_compact() -> Iterator[Refusal]:
         heads=shorten(1),
         kv_len=shorten(2),
     )
-    yield from _rows(op, "budget", {"negative": to(-1)})
+    yield from _rows(op, "budget", {"negative": to(-1), "huge": to(2**31)})
     yield from _rows(op, "pool_kernel", {"even": to(2), "zero": to(0), "negative": to(-3)})
     yield from _rows(
         op,

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include <limits>
+#include <algorithm>
 
 #include "binding/kv_args.h"
 #include "binding/registration.h"
@@ -14,7 +14,6 @@ Tensor broadcast_indices(const Tensor& kept_indices, const Tensor& kept_lens, in
                          int64_t num_kv_heads, const std::optional<Tensor>& base_indices,
                          const std::optional<Tensor>& block_tables, int64_t page_size) {
   constexpr auto kAny = Check::kAny;
-  constexpr int64_t kSlots = int64_t{1} << 31;
   const Check check("broadcast_indices", device);
   check.at_least(num_layers, "num_layers", 1);
   check.at_least(num_kv_heads, "num_kv_heads", 1);
@@ -26,17 +25,18 @@ Tensor broadcast_indices(const Tensor& kept_indices, const Tensor& kept_lens, in
     check.companion(*base_indices, "base_indices", ScalarType::Int,
                     {{num_layers, 1}, shape.batch_size, {num_kv_heads, 1}, kAny}, kept_indices,
                     "kept_indices");
+    check.indexable(*base_indices, "base_indices", 3, "k");
   }
-  int64_t num_positions = kSlots;
+  int64_t num_positions = Check::kIndexEnd;
   if (block_tables) {
     check.companion(*block_tables, "block_tables", ScalarType::Int,
                     {{num_layers, 1}, shape.batch_size, kAny}, kept_indices, "kept_indices");
-    check.in_range(page_size, "page_size", 1, kSlots);
-    num_positions = block_tables->size(2) * page_size;
+    check.in_range(page_size, "page_size", 1, Check::kIndexEnd);
+    num_positions = std::min(block_tables->size(2), num_positions) * page_size;
   }
   const std::optional<Tensor> base = dense(base_indices), tables = dense(block_tables);
   if (base) check.values_in_range(*base, "base_indices", -1, num_positions);
-  if (tables) check.values_in_range(*tables, "block_tables", -1, kSlots / page_size);
+  if (tables) check.values_in_range(*tables, "block_tables", -1, Check::kIndexEnd / page_size);
   const int64_t kept_end = base ? base->size(3) : num_positions;
   const IndexArgs kept = check_kept_indices(check, kept_indices, kept_lens, shape, {kept_end},
                                             kept_indices, "kept_indices");
