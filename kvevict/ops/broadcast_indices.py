@@ -31,7 +31,7 @@ def broadcast_indices(
         num_layers: of the result.
         num_kv_heads: of the result.
         base_indices: [num_layers | 1, batch_size, num_kv_heads | 1, k0] int32, kept by an earlier
-            eviction: entries of kept_indices are places in this list.
+            eviction, strictly ascending and then -1: entries of kept_indices are places in it.
         block_tables: [num_layers | 1, batch_size, max_pages] int32, -1 for no page. Positions
             become slots ``page * page_size + position % page_size`` where ``page`` is
             ``block_tables[..., position // page_size]``; slots need not ascend.

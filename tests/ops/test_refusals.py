@@ -66,6 +66,24 @@ def test_refusal(backend: Backend, row: Refusal, monkeypatch: pytest.MonkeyPatch
     assert str(error.value) == message
 
 
+@pytest.mark.parametrize("place", [0, 255, 256, 700, 999])
+def test_the_first_bad_value_of_many_is_named(place: int) -> None:
+    row_k = torch.zeros(1, 1000, dtype=torch.int32)
+    row_k[0, place:] = 7
+    message = refused(
+        CPU, "select_topk", {"scores": torch.zeros(1, 1000, 5), "k": 3, "row_k": row_k}, "row_k"
+    )
+    assert message.endswith(f"got 7 at [0, {place}]")
+    if place == 0:
+        return
+    lists = torch.arange(1000, dtype=torch.int32)
+    lists[place:] -= 1
+    key = torch.zeros(1, 1, 1000, 8)
+    arguments = {"keys": [key], "values": [key], "kept_indices": lists[None, None]}
+    message = refused(CPU, "gather_kv", arguments, "kept_indices")
+    assert message.endswith(f"got {place - 1} at [0, 0, {place}] after {place - 1}")
+
+
 @pytest.mark.parametrize("debug", [None, "0"])
 @pytest.mark.parametrize("row", [row for row in REFUSALS if row.reads_data], ids=str)
 def test_bad_values_are_safe_on_cuda(

@@ -321,6 +321,19 @@ def _broadcast_indices() -> Iterator[Refusal]:
         batch_size=shorten(1),
         heads=lengthen(2),
     )
+    yield from _rows(
+        op,
+        "base_indices",
+        {
+            "below": put(-2, 0, 1, 0, 5),
+            "above": put(8, 0, 0, 1, 5),  # pages for 8 positions
+            "not_ascending": put(1, 0, 1, 1, 2),
+            "repeated": put(2, 0, 0, 0, 1),
+            "none_in_the_middle": put(-1, 0, 1, 0, 3),
+            "none_in_front": put(-1, 0, 0, 1, 0),
+        },
+        reads_data=True,
+    )
     yield from _tensor(op, "block_tables", torch.int64, layers=lengthen(0), batch_size=shorten(1))
     yield from _rows(op, "page_size", {"zero": to(0), "negative": to(-1), "huge": to(2**31)})
     yield from _rows(
