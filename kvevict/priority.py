@@ -11,8 +11,8 @@ NEVER, ORDINARY, PREFERRED, FORCED = 0, 1, 2, 3
 def build_priority(
     key_mask: Tensor,
     *,
-    num_sink: int = 0,
-    num_recent: int = 0,
+    num_sink: int | Tensor = 0,
+    num_recent: int | Tensor = 0,
     preferred: Tensor | None = None,
 ) -> Tensor:
     """Builds the priority of every key.
@@ -22,8 +22,9 @@ def build_priority(
 
     Args:
         key_mask: [batch_size, kv_len] bool, True for a real token.
-        num_sink: how many of the first real tokens are forced.
-        num_recent: how many of the last real tokens are forced.
+        num_sink: how many of the first real tokens are forced, or [batch_size] integers, one count
+            per sequence (whose values are not checked: negative ones count as 0).
+        num_recent: how many of the last real tokens are forced, likewise.
         preferred: [batch_size, kv_len] bool, tokens that outrank ordinary ones whatever their
             score, such as text before vision.
 
@@ -32,18 +33,16 @@ def build_priority(
         keys, 0 for padding.
 
     Raises:
-        ValueError: if key_mask is not bool, num_sink or num_recent is negative, or preferred has
-            another shape.
+        ValueError: if key_mask is not bool, num_sink or num_recent is negative, or these or
+            preferred have another shape.
     """
     if key_mask.dtype != torch.bool or key_mask.dim() != 2:
         what = f"{key_mask.dtype} of shape {tuple(key_mask.shape)}"
         raise ValueError(f"kvevict.build_priority: key_mask must be bool of rank 2, got {what}")
-    for name, value in (("num_sink", num_sink), ("num_recent", num_recent)):
-        if value < 0:
-            raise ValueError(f"kvevict.build_priority: {name} must be at least 0, got {value}")
-    if preferred is not None and preferred.shape != key_mask.shape:
-        expected, got = tuple(key_mask.shape), tuple(preferred.shape)
-        raise ValueError(f"kvevict.build_priority: preferred must have shape {expected}, got {got}")
+    if preferred is not None:
+        _check_shape("preferred", preferred, key_mask.shape)
+    num_sink = _check_count("num_sink", num_sink, key_mask)
+    num_recent = _check_count("num_recent", num_recent, key_mask)
     from_start = key_mask.cumsum(-1)
     from_end = key_mask.flip(-1).cumsum(-1).flip(-1)
     priority = torch.full_like(key_mask, ORDINARY, dtype=torch.uint8)
@@ -51,3 +50,19 @@ def build_priority(
         priority.masked_fill_(preferred, PREFERRED)
     priority.masked_fill_((from_start <= num_sink) | (from_end <= num_recent), FORCED)
     return priority.masked_fill_(~key_mask, NEVER)
+
+
+def _check_count(name: str, count: int | Tensor, key_mask: Tensor) -> int | Tensor:
+    """Returns a count to compare ranks [batch_size, kv_len] with."""
+    if isinstance(count, Tensor):
+        _check_shape(name, count, key_mask.shape[:1])
+        return count[:, None]
+    if count < 0:
+        raise ValueError(f"kvevict.build_priority: {name} must be at least 0, got {count}")
+    return count
+
+
+def _check_shape(name: str, tensor: Tensor, expected: torch.Size) -> None:
+    if tensor.shape != expected:
+        shapes = f"{tuple(expected)}, got {tuple(tensor.shape)}"
+        raise ValueError(f"kvevict.build_priority: {name} must have shape {shapes}")

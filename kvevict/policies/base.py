@@ -194,7 +194,8 @@ class Policy:
 
     Attributes:
         keep: how much of the prompt stays: a float is a ratio of the real tokens, an int a number
-            of tokens per layer. 1.0 or more, or at least the prompt's length, evicts nothing.
+            of tokens per layer. A ratio of 1.0 or more (5.0 is one, not five tokens), or a number
+            of at least the prompt's length, evicts nothing.
         num_sink: the first tokens of every sequence stay in every layer and KV head, counted
             inside `keep`.
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from kvevict import ops
 from kvevict.ops.enums import HeadReduction
 from kvevict.policies.base import LayerScores, Policy, Prompt
-from kvevict.priority import FORCED, NEVER, ORDINARY
+from kvevict.priority import ORDINARY, build_priority
 
 
 @dataclass(frozen=True)
@@ -77,11 +77,9 @@ class SnapKV(Policy):
 
     def priority(self, prompt: Prompt, budget: Tensor) -> Tensor:
         """Return the classes of `build_priority`, with sinks and window that fit the budget."""
-        num_recent = ((budget + 1) // 2).clamp(max=self.window)[:, None]
-        num_sink = (budget[:, None] - num_recent).clamp(max=self.num_sink)
-        forced = (prompt.rank_from_start < num_sink) | (prompt.rank_from_end < num_recent)
-        priority = torch.full_like(prompt.modality, ORDINARY, dtype=torch.uint8)
-        return priority.masked_fill(forced, FORCED).masked_fill(~prompt.valid, NEVER)
+        num_recent = ((budget + 1) // 2).clamp(max=self.window)
+        num_sink = (budget - num_recent).clamp(max=self.num_sink)
+        return build_priority(prompt.valid, num_sink=num_sink, num_recent=num_recent)
 
     def ranking(self, layer: LayerScores, priority: Tensor) -> Tensor:
         """Pool the scores of ordinary keys, exactly as `kvevict.score_and_compact` does."""
