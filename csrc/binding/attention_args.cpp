@@ -76,6 +76,7 @@ VotingArgs check_voting_rows(const Check& check, const AttentionParams& attentio
   if (row_index) {
     check.companion(*row_index, "row_index", ScalarType::Int, {batch_size, Check::kAny}, query,
                     "query");
+    check.indexable(query, "query", 2, "qo_len");
   }
   const int64_t num_rows = row_index ? row_index->size(1) : attention.qo_len;
   const bool weight_per_head = row_weight && row_weight->dim() == 3;

@@ -44,6 +44,11 @@ class Check {
               std::initializer_list<const char*> names) const;
   void finite(double value, const std::string& argument) const;
 
+  // A dimension whose elements int32 indices name: it ends before kIndexEnd.
+  static constexpr int64_t kIndexEnd = int64_t{1} << 31;
+  void indexable(const Tensor& tensor, const std::string& argument, int64_t dim,
+                 const char* size_name) const;
+
   // A small tensor of a given type and shape beside the op's first tensor.
   void companion(const Tensor& tensor, const std::string& argument, ScalarType type,
                  std::vector<Dim> expected, const Tensor& reference,
@@ -61,7 +66,7 @@ class Check {
   void movable(const Tensor& tensor, const std::string& argument) const;
 
   // The first num_written tensors have no element twice and share none with any other tensor: they
-  // will be written. The rest is only read.
+  // will be written. The rest is only read. Strides without any common order may be refused, too.
   void disjoint(const std::vector<Tensor>& tensors, const std::vector<std::string>& names,
                 size_t num_written) const;
 

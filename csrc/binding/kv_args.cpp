@@ -91,6 +91,7 @@ std::vector<KvTensor> check_kv_layers(const Check& check, const std::vector<Tens
     } else {
       check.shape(key, key_names[layer], {keys[0].size(0), keys[0].size(1), kAny, kAny});
     }
+    check.indexable(key, key_names[layer], 2, "kv_len");
     check.movable(key, key_names[layer]);
     check.device(value, value_names[layer], keys[0], "keys[0]");
     check.shape(value, value_names[layer], {key.size(0), key.size(1), key.size(2), kAny});
@@ -111,6 +112,7 @@ IndexArgs check_kept_indices(const Check& check, const Tensor& kept_indices,
   dims.push_back({num_kv_heads, 1});
   dims.push_back(Check::kAny);
   check.companion(kept_indices, "kept_indices", ScalarType::Int, dims, reference, reference_name);
+  check.indexable(kept_indices, "kept_indices", kept_indices.dim() - 1, "k");
   if (kept_lens) {
     const auto sizes = kept_indices.sizes();
     check.companion(*kept_lens, "kept_lens", ScalarType::Int, {sizes.begin(), sizes.end() - 1},

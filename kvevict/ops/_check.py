@@ -13,6 +13,7 @@ Size = int | torch.SymInt
 Truth = bool | torch.SymBool
 Dim = Size | tuple[Size, Size] | None  # a size, one of two sizes, any
 ANY: Dim = None
+INDEX_END = 2**31
 _LARGEST_FLOAT32 = (2 - 2.0**-23) * 2.0**127
 
 
@@ -77,6 +78,10 @@ class Check:
         if not math.isfinite(value):
             self.fail(argument, "be finite", value)
 
+    def indexable(self, tensor: Tensor, argument: str, dim: int, size_name: str) -> None:
+        size = tensor.shape[dim]
+        self.require(size < INDEX_END, argument, f"have a {size_name} below {INDEX_END}", size)
+
     def companion(
         self,
         tensor: Tensor,
@@ -137,6 +142,7 @@ def check_voting_rows(
     num_rows: Size = qo_len
     if row_index is not None:
         check.companion(row_index, "row_index", torch.int32, (batch_size, ANY), query, "query")
+        check.indexable(query, "query", 2, "qo_len")
         num_rows = row_index.shape[1]
     if row_weight is not None:
         per_head: tuple[Dim, ...] = (batch_size, num_qo_heads, num_rows)
@@ -174,6 +180,7 @@ def check_kv_layers(check: Check, keys: Sequence[Tensor], values: Sequence[Tenso
             check.shape(key, "keys[0]", ANY, ANY, ANY, ANY)
         else:
             check.shape(key, f"keys[{layer}]", *keys[0].shape[:2], ANY, ANY)
+        check.indexable(key, f"keys[{layer}]", 2, "kv_len")
         check.movable(key, f"keys[{layer}]")
         check.device(value, f"values[{layer}]", keys[0], "keys[0]")
         check.shape(value, f"values[{layer}]", *key.shape[:3], ANY)
@@ -194,6 +201,7 @@ def check_kept_indices(
     if kept_indices.dim() != 3:
         expected = ((num_layers, 1), *expected)
     check.companion(kept_indices, "kept_indices", torch.int32, expected, reference, name)
+    check.indexable(kept_indices, "kept_indices", -1, "k")
     if kept_lens is not None:
         lens_shape = kept_indices.shape[:-1]
         check.companion(kept_lens, "kept_lens", torch.int32, lens_shape, reference, name)

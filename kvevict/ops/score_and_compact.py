@@ -7,6 +7,7 @@ from torch import Tensor
 
 from kvevict.ops._check import (
     ANY,
+    INDEX_END,
     Check,
     check_attention,
     check_head_reduction,
@@ -112,7 +113,8 @@ def _(
     check.device(value, "value", query, "query")
     check.shape(value, "value", batch_size, num_kv_heads, kv_len, ANY)
     check.movable(value, "value")
-    check.at_least(budget, "budget", 0)
+    check.indexable(key, "key", 2, "kv_len")
+    check.in_range(budget, "budget", 0, INDEX_END)
     check_head_reduction(check, head_reduction)
     if text_weighted:
         if row_index is None:

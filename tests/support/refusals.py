@@ -300,7 +300,7 @@ def _select_topk() -> Iterator[Refusal]:
         "scores",
         {"rank": drop(0), "float16": cast(torch.float16), "float64": cast(torch.float64)},
     )
-    yield from _rows(op, "k", {"negative": to(-1)})
+    yield from _rows(op, "k", {"negative": to(-1), "huge": to(2**31), "largest": to(2**63 - 1)})
     yield from _tensor(op, "row_k", torch.int64, batch_size=shorten(0), heads=shorten(1))
     yield from _rows(
         op, "row_k", {"negative": put(-1, 0, 1), "above_k": put(SIZES.k + 1, 1, 0)}, reads_data=True
@@ -320,6 +320,19 @@ def _broadcast_indices() -> Iterator[Refusal]:
         layers=lambda base: base.repeat(SIZES.num_layers + 1, 1, 1, 1),
         batch_size=shorten(1),
         heads=lengthen(2),
+    )
+    yield from _rows(
+        op,
+        "base_indices",
+        {
+            "below": put(-2, 0, 1, 0, 5),
+            "above": put(8, 0, 0, 1, 5),  # pages for 8 positions
+            "not_ascending": put(1, 0, 1, 1, 2),
+            "repeated": put(2, 0, 0, 0, 1),
+            "none_in_the_middle": put(-1, 0, 1, 0, 3),
+            "none_in_front": put(-1, 0, 0, 1, 0),
+        },
+        reads_data=True,
     )
     yield from _tensor(op, "block_tables", torch.int64, layers=lengthen(0), batch_size=shorten(1))
     yield from _rows(op, "page_size", {"zero": to(0), "negative": to(-1), "huge": to(2**31)})
@@ -354,7 +367,7 @@ def _score_and_compact() -> Iterator[Refusal]:
         heads=shorten(1),
         kv_len=shorten(2),
     )
-    yield from _rows(op, "budget", {"negative": to(-1)})
+    yield from _rows(op, "budget", {"negative": to(-1), "huge": to(2**31)})
     yield from _rows(op, "pool_kernel", {"even": to(2), "zero": to(0), "negative": to(-3)})
     yield from _rows(
         op,

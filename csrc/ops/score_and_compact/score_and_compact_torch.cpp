@@ -97,7 +97,8 @@ std::tuple<Tensor, Tensor, Tensor> score_and_compact(
   check.device(value, "value", query, "query");
   check.shape(value, "value", {batch_size, num_kv_heads, kv_len, Check::kAny});
   check.movable(value, "value");
-  check.at_least(budget, "budget", 0);
+  check.indexable(key, "key", 2, "kv_len");
+  check.in_range(budget, "budget", 0, Check::kIndexEnd);
   check_head_reduction(check, head_reduction);
   const auto reduction = static_cast<HeadReduction>(head_reduction);
   if (text_weighted) {

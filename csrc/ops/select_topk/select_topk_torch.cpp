@@ -17,7 +17,8 @@ std::tuple<Tensor, Tensor> select_topk(const Tensor& scores, int64_t k,
   const Check check("select_topk", device);
   check.dtype(scores, "scores", {ScalarType::Float});
   check.shape(scores, "scores", {kAny, kAny, kAny});
-  check.at_least(k, "k", 0);
+  check.indexable(scores, "scores", 2, "kv_len");
+  check.in_range(k, "k", 0, Check::kIndexEnd);
   const int64_t batch_size = scores.size(0), num_heads = scores.size(1), kv_len = scores.size(2);
   if (row_k) {
     check.companion(*row_k, "row_k", ScalarType::Int, {batch_size, num_heads}, scores, "scores");
