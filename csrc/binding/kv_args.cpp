@@ -52,6 +52,25 @@ void check_list_values(const Check& check, const IndexArgs& args, const KvShape&
   }
 }
 
+// The dimensions of what there is once for each layer, sequence and head, or once for all layers.
+std::vector<Check::Dim> list_dims(const KvShape& shape, bool all_layers) {
+  std::vector<Check::Dim> dims;
+  if (!all_layers) dims.push_back({shape.num_layers, 1});
+  dims.push_back(shape.batch_size);
+  dims.push_back({shape.num_kv_heads, 1});
+  return dims;
+}
+
+// Strides over these dimensions, the first `num_dims` of a dense tensor; 0 where they are shared.
+struct ListStrides {
+  int64_t layer, batch, head;
+};
+ListStrides list_strides(const Tensor& tensor, int64_t num_dims) {
+  const int64_t batch_size = tensor.size(num_dims - 2), num_heads = tensor.size(num_dims - 1);
+  const bool all_layers = num_dims == 2 || tensor.size(0) == 1;
+  return {all_layers ? 0 : batch_size * num_heads, num_heads, num_heads == 1 ? 0 : 1};
+}
+
 }  // namespace
 
 std::vector<std::string> element_names(const std::string& list, size_t count) {
@@ -95,42 +114,72 @@ std::vector<KvTensor> check_kv_layers(const Check& check, const std::vector<Tens
   return kv_tensors(keys, values, access);
 }
 
+IndexArgs check_index_lists(const Check& check, const Tensor& lists, const std::string& argument,
+                            const KvShape& shape, const Tensor& reference,
+                            const std::string& reference_name) {
+  std::vector<Check::Dim> dims = list_dims(shape, lists.dim() == 3);
+  dims.push_back(Check::kAny);
+  check.companion(lists, argument, ScalarType::Int, dims, reference, reference_name);
+  IndexArgs args{{}, dense(lists), std::nullopt};
+  const int64_t k = lists.size(-1);
+  const ListStrides strides = list_strides(lists, lists.dim() - 1);
+  args.lists.indices = static_cast<const int32_t*>(args.indices.const_data_ptr());
+  args.lists.k = k;
+  args.lists.stride_layer = strides.layer * k;
+  args.lists.stride_batch = strides.batch * k;
+  args.lists.stride_head = strides.head * k;
+  return args;
+}
+
+IndexArgs check_list_lens(const Check& check, const Tensor& lens, const std::string& argument,
+                          const KvShape& shape, const Tensor& reference,
+                          const std::string& reference_name) {
+  check.companion(lens, argument, ScalarType::Int, list_dims(shape, lens.dim() == 2), reference,
+                  reference_name);
+  IndexArgs args{{}, dense(lens), std::nullopt};
+  const ListStrides strides = list_strides(lens, lens.dim());
+  args.lists.indices = static_cast<const int32_t*>(args.indices.const_data_ptr());
+  args.lists.k = 1;
+  args.lists.stride_layer = strides.layer;
+  args.lists.stride_batch = strides.batch;
+  args.lists.stride_head = strides.head;
+  return args;
+}
+
+void check_disjoint(const Check& check, const std::vector<Tensor>& keys,
+                    const std::vector<Tensor>& values,
+                    std::initializer_list<std::pair<const char*, std::optional<Tensor>>> lists) {
+  std::vector<Tensor> tensors = keys;
+  std::vector<std::string> names = element_names("keys", keys.size());
+  tensors.insert(tensors.end(), values.begin(), values.end());
+  for (std::string& name : element_names("values", values.size())) names.push_back(name);
+  const size_t num_written = tensors.size();
+  for (const auto& [name, list] : lists) {
+    if (!list) continue;
+    tensors.push_back(*list);
+    names.push_back(name);
+  }
+  check.disjoint(tensors, names, num_written);
+}
+
 IndexArgs check_kept_indices(const Check& check, const Tensor& kept_indices,
                              const std::optional<Tensor>& kept_lens, const KvShape& shape,
                              const std::vector<int64_t>& kv_lens, const Tensor& reference,
                              const std::string& reference_name) {
-  const auto& [num_layers, batch_size, num_kv_heads] = shape;
-  const bool all_layers = kept_indices.dim() == 3;
-  std::vector<Check::Dim> dims;
-  if (!all_layers) dims.push_back({num_layers, 1});
-  dims.push_back(batch_size);
-  dims.push_back({num_kv_heads, 1});
-  dims.push_back(Check::kAny);
-  check.companion(kept_indices, "kept_indices", ScalarType::Int, dims, reference, reference_name);
+  IndexArgs args =
+      check_index_lists(check, kept_indices, "kept_indices", shape, reference, reference_name);
   if (kept_lens) {
     const auto sizes = kept_indices.sizes();
     check.companion(*kept_lens, "kept_lens", ScalarType::Int, {sizes.begin(), sizes.end() - 1},
                     reference, reference_name);
   }
-
-  IndexArgs args{{}, dense(kept_indices), dense(kept_lens)};
-  const int64_t k = kept_indices.size(-1);
-  const int64_t list_heads = kept_indices.size(-2);
-  const int64_t list_layers = all_layers ? 1 : kept_indices.size(0);
-  const int64_t layer_stride = list_layers == 1 ? 0 : batch_size * list_heads;
-  const int64_t head_stride = list_heads == 1 ? 0 : 1;
-  args.lists = {
-      static_cast<const int32_t*>(args.indices.const_data_ptr()),
-      data_or_null<int32_t>(args.lens),
-      k,
-      layer_stride * k,
-      list_heads * k,
-      head_stride * k,
-      layer_stride,
-      list_heads,
-      head_stride,
-  };
-  if (reference.is_cpu() && num_layers > 0) check_list_values(check, args, shape, kv_lens);
+  args.lens = dense(kept_lens);
+  const ListStrides strides = list_strides(args.indices, args.indices.dim() - 1);
+  args.lists.lens = data_or_null<int32_t>(args.lens);
+  args.lists.lens_stride_layer = strides.layer;
+  args.lists.lens_stride_batch = strides.batch;
+  args.lists.lens_stride_head = strides.head;
+  if (reference.is_cpu() && shape.num_layers > 0) check_list_values(check, args, shape, kv_lens);
   return args;
 }
 
