@@ -10,11 +10,12 @@ namespace {
 
 KvTensor kv_tensor(const Tensor& tensor, Access access) {
   const auto bytes = static_cast<int64_t>(tensor.element_size());
+  const auto sizes = tensor.sizes(), strides = tensor.strides();
   void* data = access == Access::kWrite ? tensor.mutable_data_ptr()
                                         : const_cast<void*>(tensor.const_data_ptr());
-  return {{data, tensor.stride(0) * bytes, tensor.stride(1) * bytes, tensor.stride(2) * bytes},
-          tensor.size(3) * bytes,
-          tensor.size(2)};
+  return {{data, strides[0] * bytes, strides[1] * bytes, strides[2] * bytes},
+          sizes[3] * bytes,
+          sizes[2]};
 }
 
 // Every list once: shared ones (stride 0) are checked against the shortest layer.
@@ -73,15 +74,10 @@ ListStrides list_strides(const Tensor& tensor, int64_t num_dims) {
 
 }  // namespace
 
-std::vector<std::string> element_names(const std::string& list, size_t count) {
-  std::vector<std::string> names;
-  for (size_t i = 0; i < count; ++i) names.push_back(list + "[" + std::to_string(i) + "]");
-  return names;
-}
-
 std::vector<KvTensor> kv_tensors(const std::vector<Tensor>& keys, const std::vector<Tensor>& values,
                                  Access access) {
   std::vector<KvTensor> tensors;
+  tensors.reserve(keys.size() + values.size());
   for (const auto* list : {&keys, &values}) {
     for (const Tensor& tensor : *list) tensors.push_back(kv_tensor(tensor, access));
   }
@@ -96,27 +92,26 @@ std::vector<KvTensor> check_kv_layers(const Check& check, const std::vector<Tens
     check.fail("values", "have as many layers as keys, " + std::to_string(keys.size()),
                std::to_string(values.size()));
   }
-  const auto key_names = element_names("keys", keys.size());
-  const auto value_names = element_names("values", values.size());
   for (size_t layer = 0; layer < keys.size(); ++layer) {
     const Tensor &key = keys[layer], &value = values[layer];
-    check.device(key, key_names[layer], keys[0], "keys[0]");
+    const Argument key_name("keys", layer), value_name("values", layer);
+    check.device(key, key_name, keys[0], "keys[0]");
     if (layer == 0) {
-      check.shape(key, key_names[layer], {kAny, kAny, kAny, kAny});
+      check.shape(key, key_name, {kAny, kAny, kAny, kAny});
     } else {
-      check.shape(key, key_names[layer], {keys[0].size(0), keys[0].size(1), kAny, kAny});
+      check.shape(key, key_name, {keys[0].size(0), keys[0].size(1), kAny, kAny});
     }
-    check.movable(key, key_names[layer]);
-    check.device(value, value_names[layer], keys[0], "keys[0]");
-    check.shape(value, value_names[layer], {key.size(0), key.size(1), key.size(2), kAny});
-    check.movable(value, value_names[layer]);
+    check.movable(key, key_name);
+    check.device(value, value_name, keys[0], "keys[0]");
+    check.shape(value, value_name, {key.size(0), key.size(1), key.size(2), kAny});
+    check.movable(value, value_name);
   }
   return kv_tensors(keys, values, access);
 }
 
-IndexArgs check_index_lists(const Check& check, const Tensor& lists, const std::string& argument,
+IndexArgs check_index_lists(const Check& check, const Tensor& lists, const Argument& argument,
                             const KvShape& shape, const Tensor& reference,
-                            const std::string& reference_name) {
+                            const Argument& reference_name) {
   std::vector<Check::Dim> dims = list_dims(shape, lists.dim() == 3);
   dims.push_back(Check::kAny);
   check.companion(lists, argument, ScalarType::Int, dims, reference, reference_name);
@@ -131,9 +126,9 @@ IndexArgs check_index_lists(const Check& check, const Tensor& lists, const std::
   return args;
 }
 
-IndexArgs check_list_lens(const Check& check, const Tensor& lens, const std::string& argument,
+IndexArgs check_list_lens(const Check& check, const Tensor& lens, const Argument& argument,
                           const KvShape& shape, const Tensor& reference,
-                          const std::string& reference_name) {
+                          const Argument& reference_name) {
   check.companion(lens, argument, ScalarType::Int, list_dims(shape, lens.dim() == 2), reference,
                   reference_name);
   IndexArgs args{{}, dense(lens), std::nullopt};
@@ -148,11 +143,12 @@ IndexArgs check_list_lens(const Check& check, const Tensor& lens, const std::str
 
 void check_disjoint(const Check& check, const std::vector<Tensor>& keys,
                     const std::vector<Tensor>& values,
-                    std::initializer_list<std::pair<const char*, std::optional<Tensor>>> lists) {
+                    std::initializer_list<std::pair<Argument, std::optional<Tensor>>> lists) {
   std::vector<Tensor> tensors = keys;
-  std::vector<std::string> names = element_names("keys", keys.size());
   tensors.insert(tensors.end(), values.begin(), values.end());
-  for (std::string& name : element_names("values", values.size())) names.push_back(name);
+  std::vector<Argument> names;
+  for (size_t layer = 0; layer < keys.size(); ++layer) names.emplace_back("keys", layer);
+  for (size_t layer = 0; layer < values.size(); ++layer) names.emplace_back("values", layer);
   const size_t num_written = tensors.size();
   for (const auto& [name, list] : lists) {
     if (!list) continue;
@@ -165,7 +161,7 @@ void check_disjoint(const Check& check, const std::vector<Tensor>& keys,
 IndexArgs check_kept_indices(const Check& check, const Tensor& kept_indices,
                              const std::optional<Tensor>& kept_lens, const KvShape& shape,
                              const std::vector<int64_t>& kv_lens, const Tensor& reference,
-                             const std::string& reference_name) {
+                             const Argument& reference_name) {
   IndexArgs args =
       check_index_lists(check, kept_indices, "kept_indices", shape, reference, reference_name);
   if (kept_lens) {
