@@ -11,6 +11,7 @@ NULL = "csrc/ops/null/null_cuda.cu"
 LSE = "csrc/ops/attention_lse/attention_lse_cuda.cu"
 BY_TEXT = "csrc/ops/score_keys_by_text/score_keys_by_text_cuda.cu"
 BROADCAST = "csrc/ops/broadcast_indices/broadcast_indices_cuda.cu"
+EVICT = "csrc/ops/evict_slots/evict_slots_cuda.cu"
 POOL = "csrc/ops/score_and_compact/score_and_compact_cuda.cu"
 POOL_HEADER = "csrc/ops/score_and_compact/score_and_compact.h"
 
@@ -413,6 +414,42 @@ MUTATIONS = [
         ),
         ("ring one slot short", MOVE, "kMoveSlots = kMoveAhead + 1", "kMoveSlots = kMoveAhead"),
         ("rows in place are others", MOVE, "place == read", "place == read + 1"),
+    ),
+    *_of(
+        "evict_slots_kernel",
+        "evict_slots",
+        (
+            "a search stops at the first 32 places",
+            EVICT,
+            "end = min(begin + part - 1, end);",
+            "end = begin;",
+        ),
+        ("an evicted row survives", EVICT, "- middle <= place", "- middle < place"),
+        (
+            "holes behind the live rows",
+            EVICT,
+            "count_below(slots, num_evicted, new_len)",
+            "count_below(slots, num_evicted, kv_len)",
+        ),
+        ("columns do not carry", EVICT, "      ++move;\n", ""),
+        (
+            "layers of the first launch in every launch",
+            EVICT,
+            "(params.first_tensor + blockIdx.y)",
+            "(blockIdx.y)",
+        ),
+        (
+            "wrong stride of sequences",
+            EVICT,
+            "batch = stream / num_kv_heads",
+            "batch = stream % params.shape.batch_size",
+        ),
+        (
+            "last row left out",
+            EVICT,
+            "while (move < num_moves)",
+            "while (move + 1 < num_moves)",
+        ),
     ),
     *_of(
         "pool_scores_kernel",

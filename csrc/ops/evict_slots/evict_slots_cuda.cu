@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// A warp takes up to 32 moves of a list at a time: each lane finds the hole and the survivor of
-// one, then all lanes copy the rows. Nothing that is read is written, so warps need no order.
+// A warp finds out how many rows of its list must move, then each lane copies a vector of one after
+// the other. Nothing that is read is written, so neither lanes nor warps need any order.
 #include "cuda/move_rows.h"
 #include "cuda/reductions.h"
 #include "ops/evict_slots/evict_slots.h"
@@ -11,8 +11,8 @@ namespace {
 // Tuning.
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarpSize;
-constexpr int kVectorsInFlight = 4;        // of a lane
-constexpr int64_t kEnoughWarps = 8 << 10;  // what the multiprocessors of an H200 have room for
+constexpr int kBlocksPerSm = 6;
+constexpr int64_t kEnoughWarps = 6 << 10;  // what an H200 has room for
 
 struct EvictSlotsKernelParams {
   KvShape shape;  // of all tensors of the op
@@ -52,10 +52,10 @@ __device__ uint32_t row_without(const int32_t* list, uint32_t count, uint32_t pl
 }
 
 template <typename Vec>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     evict_slots_kernel(const __grid_constant__ EvictSlotsKernelParams params) {
   const auto num_kv_heads = static_cast<uint32_t>(params.shape.num_kv_heads);
-  const uint32_t warp = blockIdx.x * kWarps + warp_index(), lane = lane_index();
+  const uint32_t warp = blockIdx.x * kWarps + warp_index();
   const uint32_t part = warp % params.warps_per_list, stream = warp / params.warps_per_list;
   const uint32_t layer = (params.first_tensor + blockIdx.y) % params.shape.num_layers;
   const uint32_t head = stream % num_kv_heads, batch = stream / num_kv_heads;
@@ -71,45 +71,26 @@ __global__ void __launch_bounds__(kThreads)
   const uint32_t num_evicted = min(num_slots, kv_len);
   const uint32_t new_len = kv_len - num_evicted;
   const uint32_t num_moves = count_below(slots, num_evicted, new_len);
-  const int32_t* evicted_behind = slots + num_moves;
 
+  const uint32_t first = part * kWarpSize + lane_index();
+  const uint32_t step = params.warps_per_list * kWarpSize;
+  const uint32_t move_step = step / num_columns, column_step = step % num_columns;
   char* rows = tensor.row(batch, head, 0);
-  const int64_t stride = tensor.rows.stride_seq;
-  const uint32_t row_step = kWarpSize / num_columns, column_step = kWarpSize % num_columns;
-  for (uint32_t first = part * kWarpSize; first < num_moves;
-       first += params.warps_per_list * kWarpSize) {
-    const uint32_t count = min(num_moves - first, uint32_t{kWarpSize});
-    uint32_t hole = 0, survivor = 0;
-    if (lane < count) {
-      hole = __ldg(slots + first + lane);
-      survivor = row_without(evicted_behind, num_evicted - num_moves, new_len + first + lane);
+  uint32_t move = first / num_columns, column = first % num_columns;
+  while (move < num_moves) {
+    const auto hole = static_cast<uint32_t>(__ldg(slots + move));
+    const uint32_t survivor =
+        row_without(slots + num_moves, num_evicted - num_moves, new_len + move);
+    if (hole < new_len) {
+      char* vectors = rows + int64_t{column} * sizeof(Vec);
+      *reinterpret_cast<Vec*>(vectors + hole * tensor.rows.stride_seq) =
+          *reinterpret_cast<const Vec*>(vectors + survivor * tensor.rows.stride_seq);
     }
-    uint32_t row = lane / num_columns, column = lane % num_columns;
-    for (uint32_t i = 0; i < count * num_columns; i += kWarpSize * kVectorsInFlight) {
-      Vec values[kVectorsInFlight];
-      char* destinations[kVectorsInFlight];
-#pragma unroll
-      for (int j = 0; j < kVectorsInFlight; ++j) {
-        const int lane_of_row = static_cast<int>(min(row, uint32_t{kWarpSize - 1}));
-        const uint32_t from = __shfl_sync(kFullWarp, survivor, lane_of_row);
-        const uint32_t to = __shfl_sync(kFullWarp, hole, lane_of_row);
-        const int64_t offset = int64_t{column} * sizeof(Vec);
-        destinations[j] = nullptr;
-        if (row < count && to < new_len) {
-          values[j] = *reinterpret_cast<const Vec*>(rows + from * stride + offset);
-          destinations[j] = rows + to * stride + offset;
-        }
-        row += row_step;
-        column += column_step;
-        if (column >= num_columns) {
-          column -= num_columns;
-          ++row;
-        }
-      }
-#pragma unroll
-      for (int j = 0; j < kVectorsInFlight; ++j) {
-        if (destinations[j]) *reinterpret_cast<Vec*>(destinations[j]) = values[j];
-      }
+    move += move_step;
+    column += column_step;
+    if (column >= num_columns) {
+      column -= num_columns;
+      ++move;
     }
   }
 }
@@ -126,16 +107,20 @@ int EvictSlots::launch_cuda(const EvictSlotsParams& params, void* /*workspace*/,
     const int64_t count = std::min<int64_t>(shape.num_tensors() - first, kMaxMovedTensors);
     EvictSlotsKernelParams launched{
         shape, params.slots, params.kv_lens, static_cast<uint32_t>(first), 1, {}};
-    for (int64_t i = 0; i < count; ++i) launched.tensors[i] = {params.tensors[first + i], nullptr};
+    int64_t widest = 1;
+    for (int64_t i = 0; i < count; ++i) {
+      launched.tensors[i] = {params.tensors[first + i], nullptr};
+      widest = std::max(widest, params.tensors[first + i].row_bytes);
+    }
+    const int vector_bytes = common_vector_bytes</*kInPlace=*/true>(launched.tensors, count);
     const int64_t wanted = (kEnoughWarps - 1) / (num_streams * count) + 1;
-    const int64_t most = (params.slots.k - 1) / kWarpSize + 1;
+    const int64_t most = (params.slots.k * widest - 1) / (vector_bytes * kWarpSize) + 1;
     launched.warps_per_list = static_cast<uint32_t>(std::min(wanted, most));
     const int64_t num_warps = num_streams * launched.warps_per_list;
     const dim3 grid(static_cast<unsigned>((num_warps - 1) / kWarps + 1),
                     static_cast<unsigned>(count));
 
     cudaError_t error = cudaSuccess;
-    const int vector_bytes = common_vector_bytes</*kInPlace=*/true>(launched.tensors, count);
     (void)dispatch_value<1, 2, 4, 8, 16>(vector_bytes, [&](auto bytes) {
       using Vec = typename VectorOf<bytes>::Type;
       error = launch(evict_slots_kernel<Vec>, {grid, dim3(kThreads)},
