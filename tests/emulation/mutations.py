@@ -442,7 +442,7 @@ MUTATIONS = [
             "wrong stride of sequences",
             EVICT,
             "batch = stream / num_kv_heads",
-            "batch = stream % params.shape.batch_size",
+            "batch = stream / params.shape.batch_size",
         ),
         (
             "last row left out",

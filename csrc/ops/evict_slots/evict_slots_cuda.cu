@@ -12,7 +12,6 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarpSize;
 constexpr int kBlocksPerSm = 6;
-constexpr int64_t kEnoughWarps = 6 << 10;  // what an H200 has room for
 
 struct EvictSlotsKernelParams {
   KvShape shape;  // of all tensors of the op
@@ -95,6 +94,14 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   }
 }
 
+// As many as the device has room for.
+int64_t num_warps_wanted() {
+  int device = 0, num_sms = 1;
+  (void)cudaGetDevice(&device);
+  (void)cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device);
+  return int64_t{num_sms} * kBlocksPerSm * kWarps;
+}
+
 }  // namespace
 
 int EvictSlots::launch_cuda(const EvictSlotsParams& params, void* /*workspace*/,
@@ -113,7 +120,7 @@ int EvictSlots::launch_cuda(const EvictSlotsParams& params, void* /*workspace*/,
       widest = std::max(widest, params.tensors[first + i].row_bytes);
     }
     const int vector_bytes = common_vector_bytes</*kInPlace=*/true>(launched.tensors, count);
-    const int64_t wanted = (kEnoughWarps - 1) / (num_streams * count) + 1;
+    const int64_t wanted = (num_warps_wanted() - 1) / (num_streams * count) + 1;
     const int64_t most = (params.slots.k * widest - 1) / (vector_bytes * kWarpSize) + 1;
     launched.warps_per_list = static_cast<uint32_t>(std::min(wanted, most));
     const int64_t num_warps = num_streams * launched.warps_per_list;
