@@ -16,6 +16,7 @@ from kvevict.ops import (
     score_and_compact,
     score_keys,
     score_keys_by_text,
+    select_threshold,
     select_topk,
 )
 from kvevict.priority import build_priority
@@ -39,6 +40,7 @@ __all__ = [
     "score_and_compact",
     "score_keys",
     "score_keys_by_text",
+    "select_threshold",
     "select_topk",
 ]
 
