@@ -16,7 +16,20 @@ float add_lanes(float (&lanes)[kSumLanes]) {
   return lanes[0];
 }
 
-// masks: all bits of a candidate, none of other keys.
+// Masks have all bits where a flag is set, none where it is not. These loops are kept simple, so
+// that compilers see vectors in them.
+void make_masks(const bool* flags, int64_t count, uint32_t* masks) {
+  const auto* bytes = reinterpret_cast<const uint8_t*>(flags);
+  for (int64_t i = 0; i < count; ++i) masks[i] = bytes[i] != 0 ? ~uint32_t{0} : 0;
+}
+
+uint32_t count_masks(const uint32_t* masks, int64_t count) {
+  uint32_t sum = 0;
+  for (int64_t i = 0; i < count; ++i) sum += masks[i] & 1;
+  return sum;
+}
+
+// Of the candidates, by their masks.
 float sum_segment(const float* sums, const uint32_t* masks, int64_t count) {
   constexpr int kVecs = kSumLanes / kLanes;
   Vec vecs[kVecs] = {};
@@ -56,22 +69,26 @@ Verdict make_keys(const SelectThresholdParams& params, int64_t row, const Select
   const int64_t kv_len = params.kv_len, batch = row / params.num_heads;
   const float* sums = params.sums + row * kv_len;
   const float* maxima = params.maxima + row * kv_len;
-  const bool* candidates = params.candidates + batch * kv_len;
-  const bool* real = params.key_mask ? params.key_mask + batch * kv_len : nullptr;
   uint32_t* keys = scratch.keys;
   uint32_t* masks = scratch.candidates;
-  int32_t num_real = 0, num_candidates = 0, num_evictable = 0;
-  for (int64_t i = 0; i < kv_len; ++i) {
-    keys[i] = !real || real[i] ? kKeyAlways : kKeyNever;
-    masks[i] = candidates[i] ? keys[i] : 0;
-    num_real += keys[i] != 0;
-    num_candidates += masks[i] != 0;
+  if (params.key_mask) {
+    make_masks(params.key_mask + batch * kv_len, kv_len, keys);
+  } else {
+    std::fill(keys, keys + kv_len, kKeyAlways);
   }
-  const float threshold = params.threshold(sum_candidates(sums, masks, kv_len), num_candidates);
+  make_masks(params.candidates + batch * kv_len, kv_len, masks);
+  for (int64_t i = 0; i < kv_len; ++i) masks[i] &= keys[i];
+  const int64_t num_real = count_masks(keys, kv_len);
+
+  const float total = sum_candidates(sums, masks, kv_len);
+  const float threshold = params.threshold(total, count_masks(masks, kv_len));
+  const float alpha = params.alpha;
+  uint32_t num_evictable = 0;
   for (int64_t i = 0; i < kv_len; ++i) {
-    const bool evictable = (masks[i] != 0) & (sums[i] < threshold) & (maxima[i] < params.alpha);
-    keys[i] = evictable ? order_key(sums[i]) : keys[i];
-    num_evictable += evictable;
+    const uint32_t low_sum = sums[i] < threshold ? masks[i] : 0;
+    const uint32_t evictable = maxima[i] < alpha ? low_sum : 0;
+    keys[i] = (order_key(sums[i]) & evictable) | (keys[i] & ~evictable);
+    num_evictable += evictable & 1;
   }
   const int64_t num_evicted = std::min<int64_t>(num_evictable, params.max_evicted);
   return {num_real - num_evicted, num_evictable - num_evicted};
