@@ -11,10 +11,12 @@ from kvevict.ops import (
     attention_lse,
     broadcast_indices,
     compact_kv_,
+    evict_slots_,
     gather_kv,
     score_and_compact,
     score_keys,
     score_keys_by_text,
+    select_threshold,
     select_topk,
 )
 from kvevict.priority import build_priority
@@ -33,10 +35,12 @@ __all__ = [
     "build_info",
     "build_priority",
     "compact_kv_",
+    "evict_slots_",
     "gather_kv",
     "score_and_compact",
     "score_keys",
     "score_keys_by_text",
+    "select_threshold",
     "select_topk",
 ]
 

@@ -17,11 +17,12 @@ bool ask(const char* question, const Tensor& tensor) {
 }  // namespace
 
 void announce_writes(const char* op, const std::vector<Tensor>& tensors,
-                     const std::vector<std::string>& names) {
+                     const std::vector<Argument>& names) {
   const bool grad_mode = aoti_torch_grad_mode_is_enabled();
   for (size_t i = 0; i < tensors.size(); ++i) {
     const auto fail = [&](const char* words) {
-      throw std::runtime_error("kvevict::" + std::string(op) + ": " + names[i] + ": " + words);
+      throw std::runtime_error("kvevict::" + std::string(op) + ": " + names[i].text() + ": " +
+                               words);
     };
     if (grad_mode && !ask("aten::is_leaf", tensors[i])) {
       fail(

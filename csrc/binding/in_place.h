@@ -2,10 +2,9 @@
 // What autograd has to know of an op that writes its arguments.
 #pragma once
 
-#include <string>
 #include <vector>
 
-#include "binding/tensor.h"
+#include "binding/check.h"
 
 namespace kvevict {
 
@@ -13,6 +12,6 @@ namespace kvevict {
 // that will be written, so that a backward that saved one of them fails. Throws
 // std::runtime_error, with torch's words, for a tensor that autograd does not let anyone write.
 void announce_writes(const char* op, const std::vector<Tensor>& tensors,
-                     const std::vector<std::string>& names);
+                     const std::vector<Argument>& names);
 
 }  // namespace kvevict

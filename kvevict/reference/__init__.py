@@ -9,21 +9,25 @@ from __future__ import annotations
 from kvevict.reference.attention_lse import attention_lse
 from kvevict.reference.broadcast_indices import broadcast_indices
 from kvevict.reference.compact_kv import compact_kv_
+from kvevict.reference.evict_slots import evict_slots_
 from kvevict.reference.gather_kv import gather_kv
 from kvevict.reference.null import null
 from kvevict.reference.score_and_compact import score_and_compact
 from kvevict.reference.score_keys import score_keys
 from kvevict.reference.score_keys_by_text import score_keys_by_text
+from kvevict.reference.select_threshold import select_threshold
 from kvevict.reference.select_topk import select_topk
 
 __all__ = [
     "attention_lse",
     "broadcast_indices",
     "compact_kv_",
+    "evict_slots_",
     "gather_kv",
     "null",
     "score_and_compact",
     "score_keys",
     "score_keys_by_text",
+    "select_threshold",
     "select_topk",
 ]

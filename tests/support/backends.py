@@ -17,10 +17,12 @@ OPS = (
     "attention_lse",
     "score_keys",
     "score_keys_by_text",
+    "select_threshold",
     "select_topk",
     "broadcast_indices",
     "gather_kv",
     "compact_kv_",
+    "evict_slots_",
     "score_and_compact",
 )
 

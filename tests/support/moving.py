@@ -1,4 +1,4 @@
-"""Calls that gather_kv and compact_kv_ are both tested on."""
+"""Calls that the moving ops are tested on."""
 
 from __future__ import annotations
 
@@ -53,6 +53,12 @@ def make_caches(
         ]
 
     return make(head_dim), make(head_dim if value_dim is None else value_dim)
+
+
+def storage_bytes(cache: Tensor) -> Tensor:
+    """Return the bytes of the whole buffer that a tensor is a slice of, as a view."""
+    storage = cache.untyped_storage()
+    return torch.empty(0, dtype=torch.uint8, device=cache.device).set_(storage)
 
 
 def moving_arguments(

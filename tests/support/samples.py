@@ -7,7 +7,7 @@ argument.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -70,6 +70,12 @@ class Sizes:
         size = (self.batch_size, *heads, self.kv_len)
         return torch.randint(0, 3, size, dtype=torch.uint8, device=self.device)
 
+    def candidates(self) -> Tensor:
+        """Return most of the keys."""
+        mask = torch.ones(self.batch_size, self.kv_len, dtype=torch.bool, device=self.device)
+        mask[:, ::5] = False
+        return mask
+
     def row_k(self) -> Tensor:
         size = (self.batch_size, self.num_kv_heads)
         return torch.randint(0, self.k + 1, size, dtype=torch.int32, device=self.device)
@@ -110,6 +116,17 @@ class Sizes:
         lists = self.lists(self.batch_size, 1)
         return dict(zip(("kept_indices", "kept_lens"), lists, strict=True))
 
+    def evictions(self, *outer: int) -> Tensor:
+        """Return slots [*outer, k] of at most kv_len - 1 live rows."""
+        lens = (1, self.k, self.k // 2, 0)
+        return make_lists((*outer, self.k), self.kv_len - 1, lens, device=self.device)[0]
+
+    def live_lens(self, *outer: int) -> Tensor:
+        """Return kv_lens [*outer] of kv_len or 1 less."""
+        size = torch.Size(outer)
+        full = torch.arange(size.numel(), dtype=torch.int32, device=self.device) % 2
+        return full.view(size) + self.kv_len - 1
+
     def full_lists(self, *outer: int, k: int | None = None) -> Tensor:
         """Return lists [*outer, k] without padding."""
         k = self.k if k is None else k
@@ -140,6 +157,10 @@ def _voting(s: Sizes) -> Arguments:
 
 def _compaction(s: Sizes) -> Arguments:
     return {**s.attention(), "value": s.cache(), "budget": s.k}
+
+
+def _statistics(s: Sizes) -> Arguments:
+    return {"sums": s.scores().abs(), "maxima": s.scores().abs(), "candidates": s.candidates()}
 
 
 Maker = Callable[[Sizes], Arguments]
@@ -192,6 +213,23 @@ SAMPLES: dict[str, dict[str, Maker]] = {
         },
         "k_beyond_kv_len": lambda s: {"scores": s.scores(), "k": s.kv_len + 2},
     },
+    "select_threshold": {
+        "full": lambda s: {
+            **_statistics(s),
+            "ratio": 0.3,
+            "kappa": None,
+            "alpha": 1.0,
+            "max_evicted": s.k,
+            "key_mask": s.key_mask(),
+        },
+        "plain": lambda s: {**_statistics(s), "kappa": 0.86, "alpha": 1.0},
+        "shared": lambda s: {
+            **_statistics(replace(s, num_kv_heads=1)),
+            "ratio": 0.5,
+            "alpha": 1.5,
+            "max_evicted": 1,
+        },
+    },
     "broadcast_indices": {
         "full": lambda s: {
             **s.lists_of_all_layers(),
@@ -216,6 +254,23 @@ SAMPLES: dict[str, dict[str, Maker]] = {
         "full": lambda s: {**s.caches(), **s.lists_of_all_layers()},
         "without_lens": lambda s: {**s.caches(), **s.one_list_per_head()},
         "shared": lambda s: {**s.caches(), **s.one_list_per_sequence()},
+    },
+    "evict_slots_": {
+        "full": lambda s: {
+            **s.caches(),
+            "slots": s.evictions(s.num_layers, s.batch_size, s.num_kv_heads),
+            "kv_lens": s.live_lens(s.num_layers, s.batch_size, s.num_kv_heads),
+        },
+        "shared": lambda s: {
+            **s.caches(),
+            "slots": s.evictions(s.batch_size, 1),
+            "kv_lens": s.live_lens(s.batch_size, 1),
+        },
+        "slots_per_layer": lambda s: {
+            **s.caches(),
+            "slots": s.evictions(s.num_layers, s.batch_size, 1),
+            "kv_lens": s.live_lens(1, s.batch_size, s.num_kv_heads),
+        },
     },
     "score_and_compact": {
         "full": lambda s: {

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <vector>
 
-#include "binding/in_place.h"
 #include "binding/kv_args.h"
 #include "binding/registration.h"
 #include "binding/run.h"
@@ -20,20 +19,7 @@ void compact_kv_(const std::vector<Tensor>& keys, const std::vector<Tensor>& val
   for (const Tensor& key : keys) kv_lens.push_back(key.size(2));
   const IndexArgs kept =
       check_kept_indices(check, kept_indices, kept_lens, shape, kv_lens, keys[0], "keys[0]");
-  std::vector<Tensor> written = keys;
-  std::vector<std::string> names = element_names("keys", keys.size());
-  written.insert(written.end(), values.begin(), values.end());
-  for (std::string& name : element_names("values", values.size())) names.push_back(name);
-  // The lists are read while rows move.
-  std::vector<Tensor> used = written;
-  used.push_back(kept.indices);
-  names.push_back("kept_indices");
-  if (kept.lens) {
-    used.push_back(*kept.lens);
-    names.push_back("kept_lens");
-  }
-  check.disjoint(used, names, written.size());
-  announce_writes("compact_kv_", written, names);
+  claim_layers(check, keys, values, {{"kept_indices", kept.indices}, {"kept_lens", kept.lens}});
 
   const CompactKvParams params{shape, tensors.data(), kept.lists};
   run<CompactKv, device>("compact_kv_", params, keys[0]);
