@@ -125,6 +125,7 @@ IndexArgs check_index_lists(const Check& check, const Tensor& lists, const Argum
   std::vector<Check::Dim> dims = list_dims(shape, lists.dim() == 3);
   dims.push_back(Check::kAny);
   check.companion(lists, argument, ScalarType::Int, dims, reference, reference_name);
+  check.indexable(lists, argument, lists.dim() - 1, "k");
   IndexArgs args{{}, dense(lists), std::nullopt};
   const int64_t k = lists.size(-1);
   const ListStrides strides = list_strides(lists, lists.dim() - 1);
@@ -176,7 +177,6 @@ IndexArgs check_kept_indices(const Check& check, const Tensor& kept_indices,
                              const Argument& reference_name) {
   IndexArgs args =
       check_index_lists(check, kept_indices, "kept_indices", shape, reference, reference_name);
-  check.indexable(kept_indices, "kept_indices", kept_indices.dim() - 1, "k");
   if (kept_lens) {
     const auto sizes = kept_indices.sizes();
     check.companion(*kept_lens, "kept_lens", ScalarType::Int, {sizes.begin(), sizes.end() - 1},

@@ -203,6 +203,7 @@ def check_index_lists(
     """Checks index lists for ``(num_layers, batch_size, num_kv_heads)``."""
     expected = (*_list_dims(shape, all_layers=lists.dim() == 3), ANY)
     check.companion(lists, argument, torch.int32, expected, reference, name)
+    check.indexable(lists, argument, -1, "k")
 
 
 def check_list_lens(
@@ -228,7 +229,6 @@ def check_kept_indices(
 ) -> None:
     """Checks index lists for ``(num_layers, batch_size, num_kv_heads)`` and their lengths."""
     check_index_lists(check, kept_indices, "kept_indices", shape, reference, name)
-    check.indexable(kept_indices, "kept_indices", -1, "k")
     if kept_lens is not None:
         lens_shape = kept_indices.shape[:-1]
         check.companion(kept_lens, "kept_lens", torch.int32, lens_shape, reference, name)

@@ -150,6 +150,7 @@ MUTATIONS = [
             ATTENTION,
             "blockIdx.y * num_kv_heads + i",
             "blockIdx.y + i",
+            "a score is of one KV head or of all",
         ),
         (
             "an entry between tiles skipped",
