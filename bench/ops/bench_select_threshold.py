@@ -72,9 +72,9 @@ def make_case(shape: Workload, percent: int | None = None) -> Case:
         expected = reference.select_threshold(*x, kappa=KAPPA, alpha=ALPHA, max_evicted=max_evicted)
         check_equal(OURS, results[OURS], expected)
         # The peers add up in another order: keys next to the threshold may differ.
-        kept = torch.arange(shape.kv_len).isin(expected[0])
+        kept = torch.isin(torch.arange(shape.kv_len), expected[0])
         for name in results.keys() - {OURS}:
-            count = int((kept ^ torch.arange(shape.kv_len).isin(results[name])).sum())
+            count = int((kept ^ torch.isin(torch.arange(shape.kv_len), results[name])).sum())
             assert count <= shape.kv_len / 1000, f"{name}: {count} keys differ"
 
     # Sums, maxima and candidates are read, the list is written.
