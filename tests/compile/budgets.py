@@ -77,5 +77,5 @@ REGISTERS = {
     "select_short_kernel<512>": 40,
     "select_short_kernel<1024>": 56,
     "split_kernel": 40,
-    "sum_candidates_kernel": 32,
+    "sum_candidates_kernel": 40,
 }

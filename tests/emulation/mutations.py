@@ -599,7 +599,7 @@ MUTATIONS = [
             "count_below(slots, num_evicted, new_len)",
             "count_below(slots, num_evicted, kv_len)",
         ),
-        ("columns do not carry", EVICT, "      ++move;\n", ""),
+        ("columns carry two rows", EVICT, "      ++move;\n", "      move += 2;\n"),
         (
             "layers of the first launch in every launch",
             EVICT,
