@@ -73,6 +73,16 @@ def scores_given_lse(query: Tensor, key: Tensor, softmax_lse: Tensor) -> Tensor:
     return group_mean(logits.exp().sum(-2), key.shape[1])
 
 
+def accumulated_scores(scores: Tensor, query: Tensor, key: Tensor, decay: float) -> Tensor:
+    """Old scores that decay and the attention of the rows, from eager scores."""
+    return scores * decay + snapkv_scores(query, key)
+
+
+def accumulated_grouped_scores(scores: Tensor, query: Tensor, key: Tensor, decay: float) -> Tensor:
+    """The same as the compiler likes it best."""
+    return scores * decay + grouped_scores(query, key)
+
+
 def attention_lse(query: Tensor, key: Tensor) -> Tensor:
     """Log-sum-exp of every row [batch_size, num_qo_heads, num_rows]."""
     return masked_logits(query, key).float().logsumexp(-1)

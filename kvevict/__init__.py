@@ -8,6 +8,7 @@ from kvevict._library import LibraryNotBuiltError, build_info
 from kvevict.ops import (
     HeadReduction,
     Statistic,
+    accumulate_scores_,
     attention_lse,
     broadcast_indices,
     compact_kv_,
@@ -28,6 +29,7 @@ __all__ = [
     "HeadReduction",
     "LibraryNotBuiltError",
     "Statistic",
+    "accumulate_scores_",
     "attention_lse",
     "broadcast_indices",
     "build_info",

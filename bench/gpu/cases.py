@@ -28,6 +28,7 @@ from bench.gpu.ceilings import GpuCeilings
 from bench.gpu.timer import CudaTimer, WallTimer, summarize, timer
 from bench.harness import Case, clone, make_row
 from bench.ops import (
+    bench_accumulate_scores,
     bench_attention_lse,
     bench_compact_kv,
     bench_gather_kv,
@@ -135,6 +136,12 @@ def score_keys(shape: Workload, *, given_lse: bool, compiled: bool = False) -> C
     return with_goals(case, *goals, compiled=compiled)
 
 
+def accumulate_scores(shape: Workload, *, compiled: bool = False) -> Case:
+    """A decoding step."""
+    case = bench_accumulate_scores.make_case(shape, BF16)
+    return with_goals(case, fraction_of_peak(0.7), compiled=compiled)
+
+
 def score_keys_by_text(shape: Workload, *, compiled: bool = False) -> Case:
     """Text-weighted scores."""
     case = bench_score_keys_by_text.make_case(shape, BF16)
@@ -216,6 +223,8 @@ def make_cases(dry_run: bool) -> list[Callable[[], Case]]:
         add(score_and_compact, shape, compiled=compiled)
     for shape in single:
         add(bench_attention_lse.make_case, shape, BF16)
+    for shape in (c, *deep):
+        add(accumulate_scores, shape)
     for shape in (a8, a32, b32k, b128k, c):
         add(bench_gather_kv.make_case, for_moves(shape), 20)
     for percent in PERCENTS:

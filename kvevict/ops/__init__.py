@@ -4,6 +4,7 @@ from kvevict import _library
 
 _library.load()
 
+from kvevict.ops.accumulate_scores import accumulate_scores_  # noqa: E402
 from kvevict.ops.attention_lse import attention_lse  # noqa: E402
 from kvevict.ops.broadcast_indices import broadcast_indices  # noqa: E402
 from kvevict.ops.compact_kv import compact_kv_  # noqa: E402
@@ -18,6 +19,7 @@ from kvevict.ops.select_topk import select_topk  # noqa: E402
 __all__ = [
     "HeadReduction",
     "Statistic",
+    "accumulate_scores_",
     "attention_lse",
     "broadcast_indices",
     "compact_kv_",

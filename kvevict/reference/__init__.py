@@ -6,6 +6,7 @@ indices int32. Arguments are not checked; what an op refuses is undefined here.
 
 from __future__ import annotations
 
+from kvevict.reference.accumulate_scores import accumulate_scores_
 from kvevict.reference.attention_lse import attention_lse
 from kvevict.reference.broadcast_indices import broadcast_indices
 from kvevict.reference.compact_kv import compact_kv_
@@ -17,6 +18,7 @@ from kvevict.reference.score_keys_by_text import score_keys_by_text
 from kvevict.reference.select_topk import select_topk
 
 __all__ = [
+    "accumulate_scores_",
     "attention_lse",
     "broadcast_indices",
     "compact_kv_",

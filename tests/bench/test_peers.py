@@ -27,6 +27,15 @@ def test_scores() -> None:
     check_close("LSE", peers.attention_lse(x.query, x.key), lse, torch.float32)
 
 
+def test_accumulated_scores() -> None:
+    x = attention_inputs(SMALL, torch.float32)
+    scores = torch.rand(2, 2, SMALL.kv_len)
+    expected = scores.double()
+    reference.accumulate_scores_(expected, x.query, x.key, decay=0.9)
+    for peer in (peers.accumulated_scores, peers.accumulated_grouped_scores):
+        check_close(peer.__name__, peer(scores, x.query, x.key, 0.9), expected, torch.float32)
+
+
 def test_scores_by_text() -> None:
     x = attention_inputs(SMALL, torch.float32)
     rows = torch.arange(SMALL.num_rows, dtype=torch.int32).expand(SMALL.batch_size, -1)

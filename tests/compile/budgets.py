@@ -8,6 +8,7 @@ used. Names are those of nvcc.readable.
 from __future__ import annotations
 
 REGISTERS = {
+    "accumulate_scores_kernel": 32,
     "broadcast_indices_kernel": 32,
     "column_kernel<float, 64, true>": 120,
     "column_kernel<float, 64>": 104,

@@ -8,6 +8,7 @@ TILES, ATTENTION = "csrc/cuda/mma_tiles.h", "csrc/cuda/attention_kernels.h"
 MOVE, REDUCTIONS = "csrc/cuda/move_rows.h", "csrc/cuda/reductions.h"
 SELECT = "csrc/ops/select_topk/select_topk_cuda.cu"
 NULL = "csrc/ops/null/null_cuda.cu"
+ACCUMULATE = "csrc/ops/accumulate_scores/accumulate_scores_cuda.cu"
 LSE = "csrc/ops/attention_lse/attention_lse_cuda.cu"
 BY_TEXT = "csrc/ops/score_keys_by_text/score_keys_by_text_cuda.cu"
 BROADCAST = "csrc/ops/broadcast_indices/broadcast_indices_cuda.cu"
@@ -44,6 +45,29 @@ MUTATIONS = [
             "{blockIdx.x} * (kThreads + 1)",
         ),
         ("no block for the tail", NULL, "(params.numel + kThreads - 1)", "(params.numel)"),
+    ),
+    *_of(
+        "accumulate_scores_kernel",
+        "accumulate_scores",
+        (
+            "last key left out",
+            ACCUMULATE,
+            "if (key >= params.kv_len)",
+            "if (key >= params.kv_len - 1)",
+        ),
+        ("keys behind the row", ACCUMULATE, "if (key >= params.kv_len) return;", ""),
+        (
+            "scores without gaps between heads",
+            ACCUMULATE,
+            "head * params.stride_head",
+            "head * params.kv_len",
+        ),
+        (
+            "fused multiply-add",
+            ACCUMULATE,
+            "__fadd_rn(__fmul_rn(params.decay, *score), ",
+            "__fmaf_rn(params.decay, *score, ",
+        ),
     ),
     *_of(
         "row_normalizer_kernel",

@@ -26,7 +26,11 @@ from tests.support.checks import (
 )
 from tests.support.samples import NAMES, SAMPLES, Sizes, make_sample
 
-WRITING = ("compact_kv_", "score_and_compact")
+WRITTEN = {
+    "accumulate_scores_": ("scores",),
+    "compact_kv_": ("keys", "values"),
+    "score_and_compact": ("key", "value"),
+}
 
 every_op = pytest.mark.parametrize("op", OPS)
 every_sample = pytest.mark.parametrize(("op", "sample"), NAMES)
@@ -130,19 +134,21 @@ def test_each_sequence_stands_alone(backend: Backend, op: str, sample: str) -> N
 @every_sample
 def test_inputs_are_not_written(backend: Backend, op: str, sample: str) -> None:
     arguments = make_sample(op, sample, Sizes(backend.device))
-    written = ("keys", "values", "key", "value") if op in WRITING else ()
     before = clone(arguments)
     backend.op(op)(**arguments)
-    for name in set(arguments) - set(written):
+    for name in set(arguments) - set(WRITTEN.get(op, ())):
         assert_same_bytes(arguments[name], before[name], name)
 
 
 @every_op
 def test_small_arguments_may_have_any_strides(backend: Backend, op: str) -> None:
-    """Masks, weights, lists and the like need not be contiguous; query, key and value must be."""
+    """Masks, weights, lists and the like need not be contiguous; query, key and value must be.
+
+    So must be what is written.
+    """
     arguments = make_sample(op, "full" if op != "null" else "plain", Sizes(backend.device))
     expected = outcome(backend.op(op), arguments)
-    large = ("query", "key", "value", "keys", "values")
+    large = ("query", "key", "value", "keys", "values", *WRITTEN.get(op, ()))
     for name, value in arguments.items():
         if isinstance(value, Tensor) and name not in large:
             actual = outcome(backend.op(op), {**arguments, name: spread(value)})

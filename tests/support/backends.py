@@ -14,6 +14,7 @@ from tests.emulation.library import load_ops
 
 OPS = (
     "null",
+    "accumulate_scores_",
     "attention_lse",
     "score_keys",
     "score_keys_by_text",

@@ -84,7 +84,7 @@ def num_threads(count: int) -> Iterator[None]:
 
 
 def outcome(function: Callable[..., Any], arguments: Arguments) -> tuple[Any, list[Tensor]]:
-    """Call on a copy of the arguments; return the results and the caches that were written.
+    """Call on a copy of the arguments; return the results and the tensors that were written.
 
     What lies behind the kept rows of a compacted cache is unspecified: here it is 0.
     """
@@ -93,11 +93,13 @@ def outcome(function: Callable[..., Any], arguments: Arguments) -> tuple[Any, li
     if "budget" in arguments:
         caches = [arguments["key"], arguments["value"]]
         kept_indices, kept_lens, _ = result
-    elif result is None:
+    elif result is not None:
+        return result, []
+    elif "kept_indices" in arguments:
         caches = [*arguments["keys"], *arguments["values"]]
         kept_indices, kept_lens = arguments["kept_indices"], arguments.get("kept_lens")
     else:
-        return result, []
+        return result, [arguments["scores"]] if "scores" in arguments else arguments["keys"]
     num_layers = len(caches) // 2
     _, lens = expand_lists(kept_indices, kept_lens, num_layers, caches[0].shape[1])
     for cache, cache_lens in zip(caches, [*lens, *lens], strict=True):

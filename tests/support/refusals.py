@@ -274,6 +274,23 @@ def _null() -> Iterator[Refusal]:
     yield from _rows("null", "input", {"float64": cast(torch.float64), "int32": cast(torch.int32)})
 
 
+def _accumulate_scores() -> Iterator[Refusal]:
+    op = "accumulate_scores_"
+    yield from _query_and_key(op)
+    yield from _weights(op)
+    yield from _tensor(
+        op,
+        "scores",
+        torch.float64,
+        strided=spread,
+        batch_size=shorten(0),
+        heads=shorten(1),
+        too_short=lambda scores: scores[..., : SIZES.kv_len - 1],
+    )
+    yield from _rows(op, "decay", {"nan": to(float("nan")), "inf": to(float("inf"))})
+    yield from _rows(op, "head_reduction", {"below": to(-1), "above": to(4)})
+
+
 def _attention_lse() -> Iterator[Refusal]:
     yield from _query_and_key("attention_lse")
 
@@ -370,6 +387,7 @@ REFUSALS: tuple[Refusal, ...] = tuple(
     row
     for rows in (
         _null,
+        _accumulate_scores,
         _attention_lse,
         _score_keys,
         _score_keys_by_text,

@@ -138,6 +138,12 @@ def _voting(s: Sizes) -> Arguments:
     }
 
 
+def _accumulation(s: Sizes, num_heads: int) -> Arguments:
+    """Return scores with room for more keys than there are."""
+    scores = torch.rand(s.batch_size, num_heads, s.kv_len + 3, device=s.device)
+    return {"scores": scores, **s.attention()}
+
+
 def _compaction(s: Sizes) -> Arguments:
     return {**s.attention(), "value": s.cache(), "budget": s.k}
 
@@ -146,6 +152,28 @@ Maker = Callable[[Sizes], Arguments]
 
 SAMPLES: dict[str, dict[str, Maker]] = {
     "null": {"plain": lambda s: {"input": s.query()}},
+    "accumulate_scores_": {
+        "full": lambda s: {
+            **_accumulation(s, s.num_kv_heads),
+            **s.attention_options(),
+            "decay": 0.9,
+            "row_weight": torch.rand(s.batch_size, s.qo_len, device=s.device),
+            "causal": True,
+            "head_reduction": HeadReduction.GROUP_MEAN,
+        },
+        "plain": lambda s: _accumulation(s, s.num_kv_heads),
+        "weights_per_head": lambda s: {
+            **_accumulation(s, s.num_qo_heads),
+            "row_weight": torch.rand(s.batch_size, s.num_qo_heads, s.qo_len, device=s.device),
+            "causal": False,
+            "head_reduction": HeadReduction.NONE,
+        },
+        "all_heads": lambda s: {
+            **_accumulation(s, 1),
+            "decay": 0.5,
+            "head_reduction": HeadReduction.ALL_MEAN,
+        },
+    },
     "attention_lse": {
         "full": lambda s: {**s.attention(), **s.attention_options(), "causal": True},
         "plain": lambda s: s.attention(),
