@@ -32,6 +32,7 @@ from bench.ops import (
     bench_attention_lse,
     bench_compact_kv,
     bench_gather_kv,
+    bench_rerotate_keys,
     bench_score_and_compact,
     bench_score_keys,
     bench_score_keys_by_text,
@@ -163,6 +164,11 @@ def compact_kv(shape: Workload, percent: int) -> Case:
     return with_goals(bench_compact_kv.make_case(shape, percent), goal)
 
 
+def rerotate_keys(shape: Workload, *, by_head: bool = False) -> Case:
+    """Keys of all layers in one call."""
+    return with_goals(bench_rerotate_keys.make_case(shape, by_head=by_head), fraction_of_peak(0.8))
+
+
 def score_and_compact(shape: Workload, *, compiled: bool = False) -> Case:
     """Score, pool, select and move 20%."""
     case = bench_score_and_compact.make_case(shape, 20, BF16)
@@ -225,6 +231,9 @@ def make_cases(dry_run: bool) -> list[Callable[[], Case]]:
         add(bench_attention_lse.make_case, shape, BF16)
     for shape in (c, *deep):
         add(accumulate_scores, shape)
+    for shape in (a8, a32, b32k):
+        add(rerotate_keys, for_moves(shape))
+    add(rerotate_keys, for_moves(a8), by_head=True)
     for shape in (a8, a32, b32k, b128k, c):
         add(bench_gather_kv.make_case, for_moves(shape), 20)
     for percent in PERCENTS:

@@ -11,6 +11,7 @@ from kvevict.ops.compact_kv import compact_kv_  # noqa: E402
 from kvevict.ops.enums import HeadReduction, Statistic  # noqa: E402
 from kvevict.ops.gather_kv import gather_kv  # noqa: E402
 from kvevict.ops.null import null  # noqa: E402
+from kvevict.ops.rerotate_keys import rerotate_keys_  # noqa: E402
 from kvevict.ops.score_and_compact import score_and_compact  # noqa: E402
 from kvevict.ops.score_keys import score_keys  # noqa: E402
 from kvevict.ops.score_keys_by_text import score_keys_by_text  # noqa: E402
@@ -25,6 +26,7 @@ __all__ = [
     "compact_kv_",
     "gather_kv",
     "null",
+    "rerotate_keys_",
     "score_and_compact",
     "score_keys",
     "score_keys_by_text",

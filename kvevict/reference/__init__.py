@@ -12,6 +12,7 @@ from kvevict.reference.broadcast_indices import broadcast_indices
 from kvevict.reference.compact_kv import compact_kv_
 from kvevict.reference.gather_kv import gather_kv
 from kvevict.reference.null import null
+from kvevict.reference.rerotate_keys import rerotate_keys_
 from kvevict.reference.score_and_compact import score_and_compact
 from kvevict.reference.score_keys import score_keys
 from kvevict.reference.score_keys_by_text import score_keys_by_text
@@ -24,6 +25,7 @@ __all__ = [
     "compact_kv_",
     "gather_kv",
     "null",
+    "rerotate_keys_",
     "score_and_compact",
     "score_keys",
     "score_keys_by_text",

@@ -103,8 +103,8 @@ def fails_intact(test: str) -> bool:
 def noticed_by(mutation: Mutation, build: Path) -> str | None:
     """Return the test that notices a mutation; None if none does."""
     word = "select" if mutation.op == "select_topk" else f"{mutation.op}-"
-    if mutation.op == "compact_kv":
-        word = "compact_kv_-"
+    if mutation.op in ("accumulate_scores", "compact_kv", "rerotate_keys"):
+        word = f"{mutation.op}_-"
     arguments = [f"tests/ops/test_{mutation.op}.py", "tests/emulation/test_schedules.py"]
     arguments += ["-k", f"emulated or (test_schedules and {word})"]
     with tempfile.TemporaryDirectory() as folder:

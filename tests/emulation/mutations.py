@@ -12,6 +12,8 @@ ACCUMULATE = "csrc/ops/accumulate_scores/accumulate_scores_cuda.cu"
 LSE = "csrc/ops/attention_lse/attention_lse_cuda.cu"
 BY_TEXT = "csrc/ops/score_keys_by_text/score_keys_by_text_cuda.cu"
 BROADCAST = "csrc/ops/broadcast_indices/broadcast_indices_cuda.cu"
+REROTATE = "csrc/ops/rerotate_keys/rerotate_keys_cuda.cu"
+REROTATE_HEADER = "csrc/ops/rerotate_keys/rerotate_keys.h"
 POOL = "csrc/ops/score_and_compact/score_and_compact_cuda.cu"
 POOL_HEADER = "csrc/ops/score_and_compact/score_and_compact.h"
 
@@ -437,6 +439,45 @@ MUTATIONS = [
         ),
         ("ring one slot short", MOVE, "kMoveSlots = kMoveAhead + 1", "kMoveSlots = kMoveAhead"),
         ("rows in place are others", MOVE, "place == read", "place == read + 1"),
+    ),
+    *_of(
+        "rerotate_keys_kernel",
+        "rerotate_keys",
+        ("last slot left out", REROTATE, "slot >= params.kv_len", "slot + 1 >= params.kv_len"),
+        ("empty slots turn", REROTATE_HEADER, "if (move.is_empty(axis)) return false;", ""),
+        (
+            "slots that do not move are written",
+            REROTATE_HEADER,
+            "turns |= move.distance(axis) != 0;",
+            "turns = true;",
+        ),
+        ("rows of two threads", REROTATE, "row + i < end &&", "row + i <= end &&"),
+        ("rows behind a short layer", REROTATE, " && slot < key.kv_len", ""),
+        ("other heads of the same list", REROTATE, "begin_head + at % launch", "at % launch"),
+        (
+            "halves for neighbors",
+            REROTATE,
+            "values[kInterleaved ? 2 * i + 1 : kPairs + i]",
+            "values[2 * i + 1]",
+        ),
+        (
+            "vectors that are not aligned",
+            REROTATE,
+            "int64_t bits = params.num_freqs * (",
+            "int64_t bits = 16 * (",
+        ),
+        (
+            "distances of the first axis",
+            REROTATE,
+            "move.distance(axis))) * kHalfTurns",
+            "move.distance(0))) * kHalfTurns",
+        ),
+        (
+            "product of 32 bits",
+            REROTATE_HEADER,
+            "static_cast<int32_t>(turns_per_position * positions >> 32)",
+            "static_cast<int32_t>((turns_per_position >> 32) * positions)",
+        ),
     ),
     *_of(
         "pool_scores_kernel",

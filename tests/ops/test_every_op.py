@@ -29,6 +29,7 @@ from tests.support.samples import NAMES, SAMPLES, Sizes, make_sample
 WRITTEN = {
     "accumulate_scores_": ("scores",),
     "compact_kv_": ("keys", "values"),
+    "rerotate_keys_": ("keys",),
     "score_and_compact": ("key", "value"),
 }
 

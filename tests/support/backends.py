@@ -22,6 +22,7 @@ OPS = (
     "broadcast_indices",
     "gather_kv",
     "compact_kv_",
+    "rerotate_keys_",
     "score_and_compact",
 )
 

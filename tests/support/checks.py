@@ -109,9 +109,13 @@ def outcome(function: Callable[..., Any], arguments: Arguments) -> tuple[Any, li
 
 
 def batch_dim(argument: str, tensor: Tensor) -> int:
-    """Return which dimension of an argument is the batch: lists may have the layers before it."""
+    """Return which dimension of an argument is the batch: lists may have the layers before it.
+
+    Positions by sequence have no axes in front here.
+    """
     behind = {"kept_indices": 3, "kept_lens": 2, "base_indices": 3, "block_tables": 2}
-    return tensor.dim() - behind[argument] if argument in behind else 0
+    behind |= {"old_positions": 3, "new_positions": 3}
+    return max(tensor.dim() - behind[argument], 0) if argument in behind else 0
 
 
 def take_sequence(arguments: Arguments, b: int) -> Arguments:
@@ -120,7 +124,7 @@ def take_sequence(arguments: Arguments, b: int) -> Arguments:
     def take(argument: str, value: Any) -> Any:
         if isinstance(value, list):
             return [take(argument, tensor) for tensor in value]
-        if not isinstance(value, Tensor):
+        if not isinstance(value, Tensor) or argument in ("inv_freq", "axis_of_freq"):
             return value
         return value.narrow(batch_dim(argument, value), b, 1)
 
