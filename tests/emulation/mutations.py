@@ -451,7 +451,12 @@ MUTATIONS = [
             "turns |= move.distance(axis) != 0;",
             "turns = true;",
         ),
-        ("rows of two threads", REROTATE, "row + i < end &&", "row + i <= end &&"),
+        (
+            "rows of two threads",
+            REROTATE,
+            "(split + 1) / launch.splits_per_list;",
+            "(split + 1) / launch.splits_per_list + 1;",
+        ),
         ("rows behind a short layer", REROTATE, " && slot < key.kv_len", ""),
         ("other heads of the same list", REROTATE, "begin_head + at % launch", "at % launch"),
         (
