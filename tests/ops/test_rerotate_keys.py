@@ -37,8 +37,8 @@ def make_inv_freq(num_freqs: int, base: float = 10_000.0) -> Tensor:
     return base ** -(torch.arange(num_freqs) / max(num_freqs, 1))
 
 
-def make_positions(*size: int, end: int = 2**20) -> Tensor:
-    """Return positions of which some are -1."""
+def make_positions(*size: int, end: int) -> Tensor:
+    """Return positions below `end`, of which some are -1."""
     positions = torch.randint(0, end, size, dtype=torch.int32)
     return positions.masked_fill(torch.rand(size) < 0.1, -1)
 
@@ -52,6 +52,7 @@ def make_arguments(
     head_dim: int = 16,
     num_freqs: int = 8,
     num_axes: int = 0,
+    end: int = 2**20,
     dtype: torch.dtype = torch.float32,
     layout: str = "contiguous",
     interleaved: bool = False,
@@ -59,8 +60,8 @@ def make_arguments(
     """Return keys and positions of the forms `old` and `new`; without axes if num_axes is 0."""
     size = (BATCH_SIZE, NUM_KV_HEADS, kv_len, head_dim)
     axes = (num_axes,) if num_axes else ()
-    old_positions = make_positions(*axes, *old, kv_len)
-    new_positions = make_positions(*axes, *new, kv_len)
+    old_positions = make_positions(*axes, *old, kv_len, end=end)
+    new_positions = make_positions(*axes, *new, kv_len, end=end)
     new_positions[..., ::5] = 3
     old_positions[..., ::5] = 3
     arguments: Arguments = {
@@ -126,6 +127,13 @@ def test_any_number_of_axes(backend: Backend, num_axes: int) -> None:
     assert_matches_oracle(backend, make_arguments(backend.device, num_axes=num_axes))
 
 
+@pytest.mark.parametrize("num_axes", [0, 2])
+def test_neighbors_that_turn_alike(backend: Backend, num_axes: int) -> None:
+    """On all axes, or on some of them."""
+    options = {"kv_len": 300, "end": 3, "num_axes": num_axes}
+    assert_matches_oracle(backend, make_arguments(backend.device, **options))
+
+
 @pytest.mark.parametrize("kv_len", [0, 1, 31, 32, 33, 300])
 def test_lengths(backend: Backend, kv_len: int) -> None:
     assert_matches_oracle(backend, make_arguments(backend.device, kv_len=kv_len))
@@ -160,7 +168,7 @@ def test_many_layers(backend: Backend, per_layer: bool) -> None:
         make_tensor(BATCH_SIZE, NUM_KV_HEADS, 3, 16, device=backend.device) for _ in range(70)
     ]
     if per_layer:
-        arguments["old_positions"] = make_positions(70, BATCH_SIZE, 1, 3).to(backend.device)
+        arguments["old_positions"] = make_positions(70, BATCH_SIZE, 1, 3, end=99).to(backend.device)
     assert_matches_oracle(backend, arguments)
 
 

@@ -107,8 +107,9 @@ struct RerotateKeys {
     uint64_t* turns;     // [stride], turns per position
     int32_t* distances;  // [stride], of one slot
     int32_t* angles;     // [stride], of one slot
-    float *cos, *sin;    // [kCpuSlots, stride], of the slots that turn
-    int32_t* slots;      // [kCpuSlots], which they are
+    float *cos, *sin;    // [kCpuSlots, stride]
+    int32_t* slots;      // [kCpuSlots], those that turn
+    int32_t* rows;       // [kCpuSlots], of cos and sin: neighbors often turn alike
 
     static Angles carve(Arena& arena, const RerotateKeysParams& params) {
       constexpr int64_t kMostLanes = 16;
@@ -119,6 +120,7 @@ struct RerotateKeys {
               arena.take<int32_t>(stride),
               arena.take<float>(kCpuSlots * stride),
               arena.take<float>(kCpuSlots * stride),
+              arena.take<int32_t>(kCpuSlots),
               arena.take<int32_t>(kCpuSlots)};
     }
   };

@@ -86,7 +86,7 @@ void rotate_row(char* row, int64_t num_freqs, const float* cos, const float* sin
   }
 }
 
-// Fills in cos and sin of a slot.
+// Computes a row of cos and sin.
 void compute_angles(const RerotateKeysParams& params, const Move& move, const Angles& angles,
                     int64_t row) {
   if (params.num_axes == 1) {
@@ -106,6 +106,29 @@ void compute_angles(const RerotateKeysParams& params, const Move& move, const An
   }
 }
 
+// Computes the angles of slots [begin, end) of a list; returns how many of them turn.
+int64_t compute_slots(const RerotateKeysParams& params, int64_t layer, int64_t batch, int64_t head,
+                      int64_t begin, int64_t end, const Angles& angles) {
+  int64_t count = 0;
+  int32_t row = -1;
+  Move last{};
+  const auto same_distance = [&](const Move& move) {
+    for (int64_t axis = 0; axis < params.num_axes; ++axis) {
+      if (move.distance(axis) != last.distance(axis)) return false;
+    }
+    return true;
+  };
+  for (int64_t slot = begin; slot < end; ++slot) {
+    const Move move = params.move(layer, batch, head, slot);
+    if (!params.turns(move)) continue;
+    if (row < 0 || !same_distance(move)) compute_angles(params, move, angles, ++row);
+    angles.slots[count] = static_cast<int32_t>(slot);
+    angles.rows[count++] = row;
+    last = move;
+  }
+  return count;
+}
+
 template <DType dtype, bool interleaved>
 void rotate_blocks(const RerotateKeysParams& params, const CpuWork& work) {
   Arena arena(work.scratch);
@@ -123,20 +146,14 @@ void rotate_blocks(const RerotateKeysParams& params, const CpuWork& work) {
     const int64_t begin_layer = list / params.list_heads() / params.batch_size * layers;
     const int64_t begin = item % blocks * RerotateKeys::kCpuSlots;
     const int64_t end = std::min(begin + RerotateKeys::kCpuSlots, params.kv_len);
-    int64_t num_rows = 0;
-    for (int64_t slot = begin; slot < end; ++slot) {
-      const Move move = params.move(begin_layer, batch, begin_head, slot);
-      if (!params.turns(move)) continue;
-      compute_angles(params, move, angles, num_rows);
-      angles.slots[num_rows++] = static_cast<int32_t>(slot);
-    }
+    const int64_t count = compute_slots(params, begin_layer, batch, begin_head, begin, end, angles);
     for (int64_t layer = begin_layer; layer < begin_layer + layers; ++layer) {
       const KvTensor& key = params.keys[layer];
       for (int64_t head = begin_head; head < begin_head + heads; ++head) {
-        for (int64_t i = 0; i < num_rows && angles.slots[i] < key.kv_len; ++i) {
+        for (int64_t i = 0; i < count && angles.slots[i] < key.kv_len; ++i) {
+          const int64_t row = angles.rows[i] * angles.stride;
           rotate_row<dtype, interleaved>(key.row(batch, head, angles.slots[i]), params.num_freqs,
-                                         angles.cos + i * angles.stride,
-                                         angles.sin + i * angles.stride);
+                                         angles.cos + row, angles.sin + row);
         }
       }
     }
@@ -149,7 +166,7 @@ template <>
 void RerotateKeys::run_cpu<kThisIsa>(const RerotateKeysParams& params,
                                      const CpuWork& work) noexcept {
   dispatch_dtype(params.dtype, [&](auto dtype) {
-    dispatch_value<false, true>(params.interleaved, [&](auto interleaved) {
+    (void)dispatch_value<false, true>(params.interleaved, [&](auto interleaved) {
       rotate_blocks<dtype.value, interleaved.value>(params, work);
     });
   });
