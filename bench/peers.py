@@ -73,6 +73,16 @@ def scores_given_lse(query: Tensor, key: Tensor, softmax_lse: Tensor) -> Tensor:
     return group_mean(logits.exp().sum(-2), key.shape[1])
 
 
+def accumulated_scores(scores: Tensor, query: Tensor, key: Tensor, decay: float) -> Tensor:
+    """Old scores that decay and the attention of the rows, from eager scores."""
+    return scores * decay + snapkv_scores(query, key)
+
+
+def accumulated_grouped_scores(scores: Tensor, query: Tensor, key: Tensor, decay: float) -> Tensor:
+    """The same as the compiler likes it best."""
+    return scores * decay + grouped_scores(query, key)
+
+
 def attention_lse(query: Tensor, key: Tensor) -> Tensor:
     """Log-sum-exp of every row [batch_size, num_qo_heads, num_rows]."""
     return masked_logits(query, key).float().logsumexp(-1)
@@ -145,6 +155,33 @@ def index_select_cache(inputs: CacheInputs) -> list[Tensor]:
 
 
 MOVES = {"gather": gather_cache, "index_select": index_select_cache}
+
+
+# --- rotating ------------------------------------------------------------------------------------
+
+
+def rerotate(
+    keys: list[Tensor], old_positions: Tensor, new_positions: Tensor, inv_freq: Tensor
+) -> list[Tensor]:
+    """Keys turned by the difference of positions, as kvpress and model code rotate them.
+
+    Positions are [batch_size, kv_len], or [num_layers, batch_size, num_kv_heads, kv_len].
+    """
+    by_layer = old_positions.dim() == 4
+    if by_layer:
+        new_positions = new_positions[None, :, None]
+    distance = (new_positions - old_positions).float()
+    distances = distance if by_layer else [distance[:, None]] * len(keys)
+    return [
+        rotate_half(key, d[..., None] * inv_freq) for key, d in zip(keys, distances, strict=True)
+    ]
+
+
+def rotate_half(key: Tensor, angle: Tensor) -> Tensor:
+    """Pairs of channels (c, c + head_dim / 2) turned by angle [.., head_dim / 2]."""
+    angle = torch.cat([angle, angle], dim=-1)
+    a, b = key.chunk(2, dim=-1)
+    return key * angle.cos().to(key.dtype) + torch.cat([-b, a], dim=-1) * angle.sin().to(key.dtype)
 
 
 # --- score, select and move ----------------------------------------------------------------------

@@ -6,17 +6,6 @@
 #include "core/validate.h"
 
 namespace kvevict {
-namespace {
-
-DType dtype_of(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Half: return DType::kFloat16;
-    case ScalarType::BFloat16: return DType::kBFloat16;
-    default: return DType::kFloat32;
-  }
-}
-
-}  // namespace
 
 AttentionArgs check_attention(const Check& check, const Tensor& query, const Tensor& key,
                               const std::optional<Tensor>& key_mask, std::optional<double> sm_scale,

@@ -38,4 +38,16 @@ void announce_writes(const char* op, const std::vector<Tensor>& tensors,
   }
 }
 
+void claim(const Check& check, const std::vector<Tensor>& written, std::vector<Argument> names,
+           std::initializer_list<std::pair<Argument, std::optional<Tensor>>> read) {
+  std::vector<Tensor> tensors = written;
+  for (const auto& [name, tensor] : read) {
+    if (!tensor) continue;
+    tensors.push_back(*tensor);
+    names.push_back(name);
+  }
+  check.disjoint(tensors, names, written.size());
+  announce_writes(check.op(), written, names);
+}
+
 }  // namespace kvevict

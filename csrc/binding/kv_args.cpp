@@ -75,6 +75,12 @@ ListStrides list_strides(const Tensor& tensor, int64_t num_dims) {
 
 }  // namespace
 
+std::vector<Argument> element_names(const char* list, size_t count) {
+  std::vector<Argument> names;
+  for (size_t i = 0; i < count; ++i) names.emplace_back(list, i);
+  return names;
+}
+
 IndexArgs on_host(const IndexArgs& args) {
   IndexArgs host{args.lists, on_host(args.indices), std::nullopt};
   if (args.lens) host.lens = on_host(*args.lens);
@@ -155,20 +161,11 @@ IndexArgs check_list_lens(const Check& check, const Tensor& lens, const Argument
 void claim_layers(const Check& check, const std::vector<Tensor>& keys,
                   const std::vector<Tensor>& values,
                   std::initializer_list<std::pair<Argument, std::optional<Tensor>>> lists) {
-  std::vector<Tensor> tensors = keys;
-  tensors.insert(tensors.end(), values.begin(), values.end());
-  std::vector<Argument> names;
-  for (size_t layer = 0; layer < keys.size(); ++layer) names.emplace_back("keys", layer);
-  for (size_t layer = 0; layer < values.size(); ++layer) names.emplace_back("values", layer);
-  const size_t num_written = tensors.size();
-  for (const auto& [name, list] : lists) {
-    if (!list) continue;
-    tensors.push_back(*list);
-    names.push_back(name);
-  }
-  check.disjoint(tensors, names, num_written);
-  tensors.erase(tensors.begin() + static_cast<int64_t>(num_written), tensors.end());
-  announce_writes(check.op(), tensors, names);
+  std::vector<Tensor> written = keys;
+  written.insert(written.end(), values.begin(), values.end());
+  std::vector<Argument> names = element_names("keys", keys.size());
+  for (const Argument& name : element_names("values", values.size())) names.push_back(name);
+  claim(check, written, std::move(names), lists);
 }
 
 IndexArgs check_kept_indices(const Check& check, const Tensor& kept_indices,

@@ -24,6 +24,9 @@ struct IndexArgs {
   std::optional<Tensor> lens;
 };
 
+// list[0], list[1], …
+std::vector<Argument> element_names(const char* list, size_t count);
+
 // The same lists, where they can be read.
 IndexArgs on_host(const IndexArgs& args);
 

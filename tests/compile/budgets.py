@@ -8,6 +8,7 @@ used. Names are those of nvcc.readable.
 from __future__ import annotations
 
 REGISTERS = {
+    "accumulate_scores_kernel": 32,
     "broadcast_indices_kernel": 32,
     "column_kernel<float, 64, true>": 128,
     "column_kernel<float, 64>": 128,
@@ -65,6 +66,14 @@ REGISTERS = {
     "null_kernel": 32,
     "pool_scores_kernel": 40,
     "rank_keys_kernel": 80,
+    "rerotate_keys_kernel<float, 1, true>": 40,
+    "rerotate_keys_kernel<float, 1>": 40,
+    "rerotate_keys_kernel<float, 4, true>": 48,
+    "rerotate_keys_kernel<float, 4>": 48,
+    "rerotate_keys_kernel<half, 1, true>": 40,
+    "rerotate_keys_kernel<half, 1>": 40,
+    "rerotate_keys_kernel<half, 8, true>": 64,
+    "rerotate_keys_kernel<half, 8>": 64,
     "row_normalizer_kernel<float, 64>": 128,
     "row_normalizer_kernel<float, 96>": 128,
     "row_normalizer_kernel<float, 128>": 152,

@@ -10,10 +10,13 @@ MOVE, REDUCTIONS = "csrc/cuda/move_rows.h", "csrc/cuda/reductions.h"
 SELECT = "csrc/ops/select_topk/select_topk_cuda.cu"
 THRESHOLD = "csrc/ops/select_threshold/select_threshold_cuda.cu"
 NULL = "csrc/ops/null/null_cuda.cu"
+ACCUMULATE = "csrc/ops/accumulate_scores/accumulate_scores_cuda.cu"
 LSE = "csrc/ops/attention_lse/attention_lse_cuda.cu"
 BY_TEXT = "csrc/ops/score_keys_by_text/score_keys_by_text_cuda.cu"
 BROADCAST = "csrc/ops/broadcast_indices/broadcast_indices_cuda.cu"
 EVICT = "csrc/ops/evict_slots/evict_slots_cuda.cu"
+REROTATE = "csrc/ops/rerotate_keys/rerotate_keys_cuda.cu"
+REROTATE_HEADER = "csrc/ops/rerotate_keys/rerotate_keys.h"
 POOL = "csrc/ops/score_and_compact/score_and_compact_cuda.cu"
 POOL_HEADER = "csrc/ops/score_and_compact/score_and_compact.h"
 
@@ -47,6 +50,29 @@ MUTATIONS = [
             "{blockIdx.x} * (kThreads + 1)",
         ),
         ("no block for the tail", NULL, "(params.numel + kThreads - 1)", "(params.numel)"),
+    ),
+    *_of(
+        "accumulate_scores_kernel",
+        "accumulate_scores",
+        (
+            "last key left out",
+            ACCUMULATE,
+            "if (key >= params.kv_len)",
+            "if (key >= params.kv_len - 1)",
+        ),
+        ("keys behind the row", ACCUMULATE, "if (key >= params.kv_len) return;", ""),
+        (
+            "scores without gaps between heads",
+            ACCUMULATE,
+            "head * params.stride_head",
+            "head * params.kv_len",
+        ),
+        (
+            "fused multiply-add",
+            ACCUMULATE,
+            "__fadd_rn(__fmul_rn(params.decay, *score), ",
+            "__fmaf_rn(params.decay, *score, ",
+        ),
     ),
     *_of(
         "row_normalizer_kernel",
@@ -617,6 +643,50 @@ MUTATIONS = [
             EVICT,
             "while (move < num_moves)",
             "while (move + 1 < num_moves)",
+        ),
+    ),
+    *_of(
+        "rerotate_keys_kernel",
+        "rerotate_keys",
+        ("last slot left out", REROTATE, "slot >= params.kv_len", "slot + 1 >= params.kv_len"),
+        ("empty slots turn", REROTATE_HEADER, "if (move.is_empty(axis)) return false;", ""),
+        (
+            "slots that do not move are written",
+            REROTATE_HEADER,
+            "turns |= move.distance(axis) != 0;",
+            "turns = true;",
+        ),
+        (
+            "rows of two threads",
+            REROTATE,
+            "(split + 1) / launch.splits_per_list;",
+            "(split + 1) / launch.splits_per_list + 1;",
+        ),
+        ("rows behind a short layer", REROTATE, " && slot < key.kv_len", ""),
+        ("other heads of the same list", REROTATE, "begin_head + at % launch", "at % launch"),
+        (
+            "halves for neighbors",
+            REROTATE,
+            "values[kInterleaved ? 2 * i + 1 : kPairs + i]",
+            "values[2 * i + 1]",
+        ),
+        (
+            "vectors that are not aligned",
+            REROTATE,
+            "int64_t bits = params.num_freqs * (",
+            "int64_t bits = 16 * (",
+        ),
+        (
+            "distances of the first axis",
+            REROTATE,
+            "move.distance(axis))) * kHalfTurns",
+            "move.distance(0))) * kHalfTurns",
+        ),
+        (
+            "product of 32 bits",
+            REROTATE_HEADER,
+            "static_cast<int32_t>(turns_per_position * positions >> 32)",
+            "static_cast<int32_t>((turns_per_position >> 32) * positions)",
         ),
     ),
     *_of(

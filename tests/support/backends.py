@@ -14,6 +14,7 @@ from tests.emulation.library import load_ops
 
 OPS = (
     "null",
+    "accumulate_scores_",
     "attention_lse",
     "score_keys",
     "score_keys_by_text",
@@ -23,6 +24,7 @@ OPS = (
     "gather_kv",
     "compact_kv_",
     "evict_slots_",
+    "rerotate_keys_",
     "score_and_compact",
 )
 

@@ -286,6 +286,23 @@ def _null() -> Iterator[Refusal]:
     yield from _rows("null", "input", {"float64": cast(torch.float64), "int32": cast(torch.int32)})
 
 
+def _accumulate_scores() -> Iterator[Refusal]:
+    op = "accumulate_scores_"
+    yield from _query_and_key(op)
+    yield from _weights(op)
+    yield from _tensor(
+        op,
+        "scores",
+        torch.float64,
+        strided=spread,
+        batch_size=shorten(0),
+        heads=shorten(1),
+        too_short=lambda scores: scores[..., : SIZES.kv_len - 1],
+    )
+    yield from _rows(op, "decay", {"nan": to(float("nan")), "inf": to(float("inf"))})
+    yield from _rows(op, "head_reduction", {"below": to(-1), "above": to(4)})
+
+
 def _attention_lse() -> Iterator[Refusal]:
     yield from _query_and_key("attention_lse")
 
@@ -423,6 +440,51 @@ def _evict_slots() -> Iterator[Refusal]:
     yield from _rows(op, "kv_lens", {"too_few": put(3, 0, 1, 1)}, blamed="slots", reads_data=True)
 
 
+def _rerotate_keys() -> Iterator[Refusal]:
+    op = "rerotate_keys_"
+    of_the_last = {
+        "rank": drop(0),
+        "float16": cast(torch.float16),
+        "strided": spread,
+        "batch_size": shorten(0),
+        "heads": shorten(1),
+        "device": elsewhere,
+    }
+    yield from _rows(op, "keys", {case: of_last(change) for case, change in of_the_last.items()})
+    yield from _rows(
+        op,
+        "keys",
+        {
+            "none": lambda keys: keys[:0],
+            "float64": lambda keys: [key.double() for key in keys],
+        },
+        blamed=r"(len\()?keys\)?",
+    )
+    narrow = of_last(lambda key: key[..., :13])
+    yield from _rows(op, "keys", {"head_dim": narrow}, blamed="inv_freq")
+    yield from _rows(op, "keys", {"kv_len": of_last(lengthen(2))}, blamed="old_positions")
+    for argument, dim in (("old_positions", 1), ("new_positions", 2)):
+        yield from _tensor(
+            op,
+            argument,
+            torch.int64,
+            batch_size=shorten(dim),
+            heads=lambda positions: positions.repeat_interleave(3, -2),
+            kv_len=shorten(dim + 2),
+            longer=lengthen(dim + 2),
+            rank_6=lambda positions: positions[None, None],
+        )
+        yield from _rows(op, argument, {"below": put(-2, 2, 0)}, reads_data=True)
+    yield from _rows(op, "old_positions", {"no_axis": lambda positions: positions[:0]})
+    yield from _rows(op, "new_positions", {"layers": lengthen(1), "axes": shorten(0)})
+    yield from _rows(op, "axis_of_freq", {"none": to(None)}, blamed="old_positions")
+    yield from _tensor(op, "inv_freq", torch.float64, too_many=lambda freq: freq.repeat(2))
+    not_finite = {"nan": put(float("nan"), 3), "inf": put(-float("inf"), 0)}
+    yield from _rows(op, "inv_freq", not_finite, reads_data=True)
+    yield from _tensor(op, "axis_of_freq", torch.int64, num_freqs=shorten(0))
+    yield from _rows(op, "axis_of_freq", {"above": put(3, 4), "below": put(-1, 0)}, reads_data=True)
+
+
 def _score_and_compact() -> Iterator[Refusal]:
     op = "score_and_compact"
     yield from _query_and_key(op)
@@ -455,6 +517,7 @@ REFUSALS: tuple[Refusal, ...] = tuple(
     row
     for rows in (
         _null,
+        _accumulate_scores,
         _attention_lse,
         _score_keys,
         _score_keys_by_text,
@@ -464,6 +527,7 @@ REFUSALS: tuple[Refusal, ...] = tuple(
         _gather_kv,
         _compact_kv,
         _evict_slots,
+        _rerotate_keys,
         _score_and_compact,
     )
     for row in rows()

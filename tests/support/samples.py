@@ -90,6 +90,14 @@ class Sizes:
         k = self.k if k is None else k
         return make_lists((*outer, k), self.kv_len, (k - 1, k, k // 2, 0), device=self.device)
 
+    def positions(self, *outer: int) -> Tensor:
+        """Return positions [*outer, kv_len]; some slots are empty, many have the same."""
+        size = (*outer, self.kv_len)
+        return torch.randint(-1, 9, size, dtype=torch.int32, device=self.device)
+
+    def inv_freq(self, num_freqs: int) -> Tensor:
+        return torch.rand(num_freqs, device=self.device)
+
     def attention(self) -> Arguments:
         return {"query": self.query(), "key": self.cache()}
 
@@ -155,6 +163,25 @@ def _voting(s: Sizes) -> Arguments:
     }
 
 
+def _accumulation(s: Sizes, num_heads: int) -> Arguments:
+    """Return scores with room for more keys than there are."""
+    scores = torch.rand(s.batch_size, num_heads, s.kv_len + 3, device=s.device)
+    return {"scores": scores, **s.attention()}
+
+
+def _rotation(s: Sizes) -> Arguments:
+    """Return keys of several axes and the pairs of channels that turn, not all of them."""
+    num_freqs = s.head_dim // 2 - 1
+    axis_of_freq = torch.arange(num_freqs, dtype=torch.int32, device=s.device) % 3
+    return {
+        "keys": s.caches()["keys"],
+        "old_positions": s.positions(3, s.batch_size, 1),
+        "new_positions": s.positions(3, s.num_layers, s.batch_size, s.num_kv_heads),
+        "inv_freq": s.inv_freq(num_freqs),
+        "axis_of_freq": axis_of_freq,
+    }
+
+
 def _compaction(s: Sizes) -> Arguments:
     return {**s.attention(), "value": s.cache(), "budget": s.k}
 
@@ -167,6 +194,28 @@ Maker = Callable[[Sizes], Arguments]
 
 SAMPLES: dict[str, dict[str, Maker]] = {
     "null": {"plain": lambda s: {"input": s.query()}},
+    "accumulate_scores_": {
+        "full": lambda s: {
+            **_accumulation(s, s.num_kv_heads),
+            **s.attention_options(),
+            "decay": 0.9,
+            "row_weight": torch.rand(s.batch_size, s.qo_len, device=s.device),
+            "causal": True,
+            "head_reduction": HeadReduction.GROUP_MEAN,
+        },
+        "plain": lambda s: _accumulation(s, s.num_kv_heads),
+        "weights_per_head": lambda s: {
+            **_accumulation(s, s.num_qo_heads),
+            "row_weight": torch.rand(s.batch_size, s.num_qo_heads, s.qo_len, device=s.device),
+            "causal": False,
+            "head_reduction": HeadReduction.NONE,
+        },
+        "all_heads": lambda s: {
+            **_accumulation(s, 1),
+            "decay": 0.5,
+            "head_reduction": HeadReduction.ALL_MEAN,
+        },
+    },
     "attention_lse": {
         "full": lambda s: {**s.attention(), **s.attention_options(), "causal": True},
         "plain": lambda s: s.attention(),
@@ -270,6 +319,22 @@ SAMPLES: dict[str, dict[str, Maker]] = {
             **s.caches(),
             "slots": s.evictions(s.num_layers, s.batch_size, 1),
             "kv_lens": s.live_lens(1, s.batch_size, s.num_kv_heads),
+        },
+    },
+    "rerotate_keys_": {
+        "full": lambda s: {**_rotation(s), "interleaved": True},
+        "axes": _rotation,
+        "plain": lambda s: {
+            "keys": s.caches()["keys"],
+            "old_positions": s.positions(s.batch_size),
+            "new_positions": s.positions(s.batch_size),
+            "inv_freq": s.inv_freq(s.head_dim // 2),
+        },
+        "per_head": lambda s: {
+            "keys": s.caches()["keys"],
+            "old_positions": s.positions(s.batch_size, s.num_kv_heads),
+            "new_positions": s.positions(1, s.batch_size, 1),
+            "inv_freq": s.inv_freq(s.head_dim // 2),
         },
     },
     "score_and_compact": {

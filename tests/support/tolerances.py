@@ -8,6 +8,9 @@ gets the same inputs:
   the largest error of the same computation in plain torch in the precision of the inputs.
 
 Both allow one float32 rounding of the largest value on top, since scores are float32.
+
+Keys that are rotated in place lie within half a unit in the last place of their dtype and 1e-6 of
+the largest element of their row.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from torch import Tensor
 
 RELATIVE = 1e-5
 PLAIN_FACTOR = 2.0
+RELATIVE_OF_ROTATED = 1e-6
 
 
 def in_input_precision(oracle: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -60,4 +64,21 @@ def assert_scores_close(actual: Tensor, expected: Tensor, plain: Tensor | None =
     assert excess[worst] <= 1, (
         f"{float(actual[worst])} is {float(error[worst]):.3g} away from {float(expected[worst])}, "
         f"{float(bound[worst]):.3g} is allowed"
+    )
+
+
+def assert_rotated_close(actual: Tensor, expected: Tensor) -> None:
+    """Compare rotated keys [..., head_dim] of any dtype with those of the oracle, in float64."""
+    assert actual.shape == expected.shape and expected.dtype == torch.float64
+    info = torch.finfo(actual.dtype)
+    actual = actual.detach().cpu().double()
+    rounding = (expected.abs() * info.eps).clamp(min=info.tiny * info.eps) / 2
+    bound = rounding + RELATIVE_OF_ROTATED * expected.abs().amax(-1, keepdim=True)
+    excess = ((actual - expected).abs() / bound).nan_to_num(torch.inf).flatten()
+    if excess.numel() == 0:
+        return
+    worst = int(excess.argmax())
+    assert excess[worst] <= 1, (
+        f"{float(actual.flatten()[worst])}, not {float(expected.flatten()[worst])}: "
+        f"{float(excess[worst]):.3g} times what is allowed"
     )

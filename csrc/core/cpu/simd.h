@@ -136,6 +136,42 @@ inline Vec load_as_float(const void* source, int64_t index) {
   }
 }
 
+// The nearest bfloat16 and float16 numbers, ties to even.
+inline HalfBits round_to_bfloat16(Vec v) {
+  const auto bits = bit_cast<UintVec>(v);
+  const UintVec rounded = (bits + 0x7FFFu + (bits >> 16 & 1u)) >> 16;
+  return __builtin_convertvector(v != v ? bits >> 16 | 0x40u : rounded, HalfBits);
+}
+
+inline HalfBits round_to_float16(Vec v) {
+#if defined(__AVX512F__)
+  return (HalfBits)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT);
+#elif defined(__F16C__)
+  return (HalfBits)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
+#else
+  const auto bits = bit_cast<UintVec>(v);
+  const UintVec magnitude = bits & 0x7FFFFFFFu;
+  const UintVec normal = (magnitude - (112u << 23) + 0xFFFu + (magnitude >> 13 & 1u)) >> 13;
+  // The last bit of numbers from 0.5 to 1 is worth as much as that of float16's subnormals.
+  const auto shifted = bit_cast<UintVec>(bit_cast<Vec>(magnitude) + 0.5f);
+  UintVec rounded = magnitude < 0x38800000u ? shifted - 0x3F000000u : normal;  // 2^-14
+  rounded = magnitude >= 0x47800000u ? broadcast(0x7C00u) : rounded;           // 2^16
+  rounded = v != v ? broadcast(0x7E00u) : rounded;
+  return __builtin_convertvector(rounded | (bits >> 16 & 0x8000u), HalfBits);
+#endif
+}
+
+// The opposite of load_as_float: kLanes elements of a tensor from floats, each rounded.
+template <DType dtype>
+inline void store_rounded(void* destination, int64_t index, Vec v) {
+  if constexpr (dtype == DType::kFloat32) {
+    store(static_cast<float*>(destination) + index, v);
+  } else {
+    const HalfBits half = dtype == DType::kBFloat16 ? round_to_bfloat16(v) : round_to_float16(v);
+    store(static_cast<uint16_t*>(destination) + index, half);
+  }
+}
+
 template <DType dtype>
 inline float element_as_float(const void* source, int64_t index) {
   if constexpr (dtype == DType::kFloat32) {
