@@ -215,7 +215,9 @@ void attend(const AttentionParams& attention, int64_t batch, int64_t kv_head,
   using Product = typename ProductOf<dtype>::type;
   constexpr float kInfinity = std::numeric_limits<float>::infinity();
   constexpr float kLog2E = 1.44269504088896341f;
-  constexpr float kUnset = -0x1p100f;
+  constexpr float kLowest = std::numeric_limits<float>::lowest();
+  // From here on logits are more than 100 apart, or equal: only the largest have a share.
+  constexpr float kCoarse = 0x1p30f;
   const float slack = softmax_lse ? kInfinity : 16.0f;
   const int64_t depth = packed_depth<dtype>(attention);
   const float scale = std::fabs(attention.sm_scale) * kLog2E;
@@ -231,7 +233,7 @@ void attend(const AttentionParams& attention, int64_t batch, int64_t kv_head,
         softmax_lse
             ? kLog2E * softmax_lse[(batch * attention.num_qo_heads + row.head) * attention.qo_len +
                                    row.row]
-            : kUnset;
+            : kLowest;
   }
 
   block.num_panels = last_key / kPanel + 1;
@@ -274,8 +276,17 @@ void attend(const AttentionParams& attention, int64_t batch, int64_t kv_head,
         sum *= exp2(broadcast(reference - raised));
         block.reference[i] = reference = raised;
       }
+      Vec exponents[kTileVecs];
+      for (int j = 0; j < kTileVecs; ++j) exponents[j] = products[j] * scale - reference;
+      if (!softmax_lse && std::fabs(reference) > kCoarse) [[unlikely]] {
+        // Fused, the difference of equals is the rounding of a product, which is huge.
+        for (int j = 0; j < kTileVecs; ++j) {
+          const Vec zero = products[j] - products[j];  // or NaN
+          exponents[j] = products[j] * scale < reference ? broadcast(-kInfinity) : zero;
+        }
+      }
       for (int j = 0; j < kTileVecs; ++j) {
-        Vec exponential = exp2(products[j] * scale - reference);
+        Vec exponential = exp2(exponents[j]);
         if (masked) exponential = visible[j] ? exponential : Vec{};
         sum += exponential;
         if constexpr (with_exponentials) {
