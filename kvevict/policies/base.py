@@ -188,6 +188,37 @@ class PrefillPolicy(Protocol):
         ...
 
 
+@runtime_checkable
+class SharingPolicy(Protocol):
+    """A `PrefillPolicy` whose first layer decides for later ones."""
+
+    def observe_later(
+        self,
+        first: LayerScores,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        prompt: Prompt,
+        row_index: Tensor | None,
+        *,
+        sm_scale: float | None = None,
+        softmax_lse: Tensor | None = None,
+    ) -> LayerScores:
+        """Score a layer behind the first; called in place of `observe`.
+
+        Args:
+            first: what `observe` returned for the first layer.
+            query: see `PrefillPolicy.observe`, here and below.
+            key: of this layer.
+            value: of this layer.
+            prompt: what its keys are; not `first.prompt` if rows were removed in between.
+            row_index: the result of `self.row_index(prompt)`.
+            sm_scale: the scale of the logits.
+            softmax_lse: if the engine has it.
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class Policy:
     """Fields and defaults that policies share; subclasses are frozen dataclasses.
