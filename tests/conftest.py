@@ -42,6 +42,7 @@ def seed() -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "every_isa: repeated for every CPU ISA by test_isa.py")
+    config.addinivalue_line("markers", "slow: left out unless asked for, with -m slow")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

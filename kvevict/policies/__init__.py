@@ -6,6 +6,7 @@ import builtins
 from collections.abc import Callable
 from typing import Any
 
+from kvevict.policies.adakv import AdaKV
 from kvevict.policies.base import (
     AUDIO,
     IMAGE,
@@ -20,21 +21,44 @@ from kvevict.policies.base import (
     evict_prompt,
     select_layers,
 )
+from kvevict.policies.chunkkv import ChunkKV
+from kvevict.policies.corm import CORM
+from kvevict.policies.dbudgetkv import DBudgetKV
+from kvevict.policies.flashcache import FlashCache
+from kvevict.policies.h2o import H2O
+from kvevict.policies.prefixkv import PrefixKV
+from kvevict.policies.pyramidkv import PyramidKV
+from kvevict.policies.random import Random
 from kvevict.policies.snapkv import SnapKV
+from kvevict.policies.streaming_llm import StreamingLLM
 from kvevict.policies.tgv_kv import TGVKV
+from kvevict.policies.tova import TOVA
+from kvevict.policies.vl_cache import VLCache
 
 __all__ = [
     "AUDIO",
+    "CORM",
+    "H2O",
     "IMAGE",
     "TEXT",
     "TGVKV",
+    "TOVA",
     "VIDEO",
+    "AdaKV",
+    "ChunkKV",
+    "DBudgetKV",
+    "FlashCache",
     "LayerScores",
     "Policy",
     "PrefillPolicy",
+    "PrefixKV",
     "Prompt",
+    "PyramidKV",
+    "Random",
     "Selection",
     "SnapKV",
+    "StreamingLLM",
+    "VLCache",
     "compact_layers",
     "evict_prompt",
     "get",
@@ -42,7 +66,23 @@ __all__ = [
     "select_layers",
 ]
 
-_POLICIES: dict[str, Callable[..., PrefillPolicy]] = {"snapkv": SnapKV, "tgv_kv": TGVKV}
+# By the name of the module.
+_POLICIES: dict[str, Callable[..., PrefillPolicy]] = {
+    "adakv": AdaKV,
+    "chunkkv": ChunkKV,
+    "corm": CORM,
+    "dbudgetkv": DBudgetKV,
+    "flashcache": FlashCache,
+    "h2o": H2O,
+    "prefixkv": PrefixKV,
+    "pyramidkv": PyramidKV,
+    "random": Random,
+    "snapkv": SnapKV,
+    "streaming_llm": StreamingLLM,
+    "tgv_kv": TGVKV,
+    "tova": TOVA,
+    "vl_cache": VLCache,
+}
 
 
 def list() -> builtins.list[str]:

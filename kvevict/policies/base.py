@@ -5,13 +5,15 @@ below is the smallest) hands it the tensors of one layer at a time and gets back
 
 1. `row_index(prompt)`: which query rows the policy wants to look at;
 2. `observe(query, key, value, prompt, row_index)`: the scores of one layer, O(kv_len) of state;
-3. `budgets(layers)`: how many keys each layer and sequence may keep, once all layers are known;
-4. `select(layer, budget, k)`: the kept keys of one layer.
+3. `revise(layers)`: the same scores unless a layer's depend on another layer;
+4. `budgets(layers)`: how many keys each layer, sequence and list may keep;
+5. `select(layer, budget, k)`: the kept keys of one layer.
 
-These four are `PrefillPolicy`, the protocol of methods that decide after the prompt. Methods that
+These five are `PrefillPolicy`, the protocol of methods that decide after the prompt. Methods that
 act between layers or while decoding get protocols of their own beside it.
 
-Budgets count every kept key: sinks, recent window, text and vision alike are inside `keep`.
+Budgets count every kept key: sinks, recent window, text and vision alike are inside `keep`, and
+where a method leaves whole layers alone, the others pay for them.
 """
 
 from __future__ import annotations
@@ -20,13 +22,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from numbers import Integral, Real
-from typing import Protocol, runtime_checkable
+from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from kvevict import ops
-from kvevict.priority import build_priority
+from kvevict.ops.enums import HeadReduction, Statistic
+from kvevict.priority import FORCED, build_priority
 
 TEXT, IMAGE, VIDEO, AUDIO = 0, 1, 2, 3
 """Codes of `Prompt.modality`, as transformers' `mm_token_type_ids` has them."""
@@ -91,6 +94,22 @@ class Prompt:
     def rank_from_end(self) -> Tensor:
         """[batch_size, kv_len] int64: how many real keys come after this one."""
         return self.lens[:, None] - self.rank_from_start - self.valid.long()
+
+    @cached_property
+    def trailing_text(self) -> Tensor:
+        """[batch_size, kv_len] bool: text keys after the last vision key that have a query row.
+
+        Nothing where there is no vision.
+        """
+        vision_from_here = self.is_vision.flip(1).cumsum(1).flip(1)
+        position = torch.arange(self.kv_len, device=self.modality.device)
+        is_query = position >= self.kv_len - self.num_queries
+        text = self.valid & (self.modality == TEXT) & is_query
+        return text & (vision_from_here == 0) & self.is_vision.any(1, keepdim=True)
+
+    def last_rows(self, count: int) -> Tensor:
+        """Return the rows of the last `count` real keys, as `rows_of` does."""
+        return self.rows_of(self.valid & (self.rank_from_end < count))
 
     def rows_of(self, keys: Tensor) -> Tensor:
         """Turn a mask over keys [batch_size, kv_len] into a list of the query rows it marks.
@@ -170,8 +189,17 @@ class PrefillPolicy(Protocol):
         """
         ...
 
+    def revise(self, layers: Sequence[LayerScores]) -> Sequence[LayerScores]:
+        """Return the scores to decide by, now that those of all layers are known."""
+        ...
+
     def budgets(self, layers: Sequence[LayerScores]) -> Tensor:
-        """Return how many keys stay [num_layers, batch_size] int64."""
+        """Return how many keys stay, per layer and sequence or per list.
+
+        Returns:
+            [num_layers, batch_size] or [num_layers, batch_size, num_lists] int64, num_lists being
+            that of the scores.
+        """
         ...
 
     def select(self, layer: LayerScores, budget: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -179,7 +207,8 @@ class PrefillPolicy(Protocol):
 
         Args:
             layer: its scores.
-            budget: [batch_size] int64, this layer's row of `budgets`, at most the real keys.
+            budget: [batch_size] or [batch_size, num_lists] int64, this layer's row of `budgets`,
+                at most the real keys.
             k: the largest of them.
 
         Returns:
@@ -223,21 +252,35 @@ class SharingPolicy(Protocol):
 class Policy:
     """Fields and defaults that policies share; subclasses are frozen dataclasses.
 
+    As it stands, every row votes for every key, each KV head keeps a list of its own, and all have
+    the same length. A method overrides what it does otherwise.
+
     Attributes:
         keep: how much of the prompt stays: a float is a ratio of the real tokens, an int a number
             of tokens per layer. 1.0 or more, or at least the prompt's length, evicts nothing.
+            A method whose own rule finds the number (`sets_budget`) takes it as the most that may
+            stay, and None for no limit.
         num_sink: the first tokens of every sequence stay in every layer and KV head, counted
-            inside `keep`.
+            inside `keep`; where `keep` is smaller, its number of first tokens.
+        head_reduction: whose attention makes a list, hence how many lists a layer has.
+        statistic: what is taken over the rows that vote.
+        sets_budget: the method has a rule of its own for how much stays.
 
     Raises:
         ValueError: if `keep` is not positive or not a number, or a count is negative.
     """
 
-    keep: float | int
+    head_reduction: ClassVar[HeadReduction] = HeadReduction.GROUP_MEAN
+    statistic: ClassVar[Statistic] = Statistic.SUM
+    sets_budget: ClassVar[bool] = False
+
+    keep: float | int | None
     num_sink: int = 4
 
     def __post_init__(self) -> None:
-        if isinstance(self.keep, bool) or not isinstance(self.keep, Real) or not self.keep > 0:
+        own_rule = self.keep is None and self.sets_budget
+        is_number = isinstance(self.keep, Real) and not isinstance(self.keep, bool)
+        if not own_rule and not (is_number and float(self.keep or 0) > 0):
             raise ValueError(
                 f"{type(self).__name__}: keep must be a positive ratio (float) or number of tokens "
                 f"(int), got {self.keep!r}"
@@ -251,12 +294,24 @@ class Policy:
                 f"{type(self).__name__}: {name} must be an int of at least {minimum}, got {value!r}"
             )
 
+    def _require_fraction(self, name: str) -> None:
+        value = getattr(self, name)
+        is_number = isinstance(value, Real) and not isinstance(value, bool)
+        if not is_number or not 0 <= float(value) <= 1:
+            raise ValueError(f"{type(self).__name__}: {name} must be in [0, 1], got {value!r}")
+
+    def _require_one_of(self, name: str, words: Sequence[str]) -> None:
+        value = getattr(self, name)
+        if value not in words:
+            allowed = " or ".join(repr(word) for word in words)
+            raise ValueError(f"{type(self).__name__}: {name} must be {allowed}, got {value!r}")
+
     def keep_ratio(self, prompt: Prompt) -> Tensor:
         """Return `keep` as a ratio of each sequence's tokens [batch_size] float64, at most 1."""
         totals = prompt.totals.double()
         if isinstance(self.keep, Integral):
             return (float(self.keep) / totals.clamp(min=1)).clamp(max=1.0)
-        return torch.full_like(totals, min(float(self.keep), 1.0))
+        return torch.full_like(totals, 1.0 if self.keep is None else min(float(self.keep), 1.0))
 
     def keep_tokens(self, prompt: Prompt) -> Tensor:
         """Return `keep` as a number of tokens per sequence [batch_size] int64, rounded down.
@@ -268,21 +323,85 @@ class Policy:
             tokens = torch.full_like(totals, int(self.keep))
         else:
             # The nudge keeps 0.29 * 100 at 29.
-            tokens = (totals.double() * min(float(self.keep), 1.0) + 1e-6).long()
+            tokens = (totals.double() * self.keep_ratio(prompt) + 1e-6).long()
         return torch.minimum(tokens.clamp(min=1), prompt.lens)
+
+    def row_index(self, prompt: Prompt) -> Tensor | None:
+        """Let every row vote; see `PrefillPolicy.row_index`."""
+        return None
+
+    def observe(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        prompt: Prompt,
+        row_index: Tensor | None,
+        *,
+        sm_scale: float | None = None,
+        softmax_lse: Tensor | None = None,
+    ) -> LayerScores:
+        """Score by the attention from the rows that vote [batch_size, num_lists, kv_len]."""
+        scores = ops.score_keys(
+            query,
+            key,
+            row_index=self.row_index(prompt) if row_index is None else row_index,
+            softmax_lse=softmax_lse,
+            key_mask=prompt.key_mask,
+            sm_scale=sm_scale,
+            statistic=self.statistic,
+            head_reduction=self.head_reduction,
+        )
+        return LayerScores(scores=scores, prompt=prompt)
+
+    def revise(self, layers: Sequence[LayerScores]) -> Sequence[LayerScores]:
+        """Leave the scores as they are; see `PrefillPolicy.revise`."""
+        return layers
 
     def budgets(self, layers: Sequence[LayerScores]) -> Tensor:
         """Give every layer the same number of tokens [num_layers, batch_size] int64."""
         return torch.stack([self.keep_tokens(layer.prompt) for layer in layers])
 
     def priority(self, prompt: Prompt, budget: Tensor) -> Tensor:
-        """Return the class of every key [batch_size, kv_len] uint8, as `build_priority` does.
+        """Return the class of every key uint8, as `build_priority` does.
 
         Args:
             prompt: the keys.
-            budget: [batch_size] int64, for policies whose protected sets depend on it.
+            budget: [batch_size] or [batch_size, num_lists] int64, what the layer may keep.
+
+        Returns:
+            [batch_size, kv_len], or [batch_size, num_lists, kv_len] where lists differ.
         """
-        return build_priority(prompt.valid, num_sink=self.num_sink)
+        return self.force(prompt, budget if budget.dim() == 1 else budget.amin(1))
+
+    def force(
+        self,
+        prompt: Prompt,
+        budget: Tensor,
+        *,
+        num_recent: Tensor | int = 0,
+        preferred: Tensor | None = None,
+    ) -> Tensor:
+        """Return classes in which the newest keys and the sinks are forced, as far as they fit.
+
+        Args:
+            prompt: the keys.
+            budget: [batch_size] int64, what has to hold them: at most its newer half are newest
+                keys, the sinks get what these leave.
+            num_recent: how many of the newest keys, one number or [batch_size] int64.
+            preferred: [batch_size, kv_len] bool, as in `build_priority`.
+        """
+        recent = torch.minimum((budget + 1) // 2, torch.as_tensor(num_recent, device=budget.device))
+        return build_priority(
+            prompt.valid,
+            num_sink=(budget - recent).clamp(max=self.num_sink),
+            num_recent=recent,
+            preferred=preferred,
+        )
+
+    def num_forced(self, prompt: Prompt) -> Tensor:
+        """Return how many keys do not compete at a budget of `keep` [batch_size] int64."""
+        return (self.priority(prompt, self.keep_tokens(prompt)) == FORCED).sum(1)
 
     def ranking(self, layer: LayerScores, priority: Tensor) -> Tensor:
         """Return the scores that select inside a class, `layer.scores` unless overridden."""
@@ -292,8 +411,16 @@ class Policy:
         """Keep the best `budget` keys by (priority, score); see `PrefillPolicy.select`."""
         priority = self.priority(layer.prompt, budget)
         scores = self.ranking(layer, priority)
-        row_k = budget.to(torch.int32)[:, None].expand(-1, scores.shape[1]).contiguous()
-        return ops.select_topk(scores, k, row_k=row_k, priority=priority)
+        return select_ranked(scores, priority, budget, k)
+
+
+def select_ranked(
+    scores: Tensor, priority: Tensor, budget: Tensor, k: int
+) -> tuple[Tensor, Tensor]:
+    """Keep the best `budget` [batch_size] or [batch_size, num_lists] keys of every list."""
+    per_list = budget if budget.dim() == 2 else budget[:, None].expand(-1, scores.shape[1])
+    row_k = per_list.to(torch.int32).contiguous()
+    return ops.select_topk(scores, k, row_k=row_k, priority=priority)
 
 
 def select_layers(
@@ -307,12 +434,16 @@ def select_layers(
     """
     if not layers:
         return None
+    layers = policy.revise(layers)
     lens = torch.stack([layer.prompt.lens for layer in layers])
-    budgets = torch.minimum(policy.budgets(layers).to(lens.device, torch.int64), lens)
+    budgets = policy.budgets(layers).to(lens.device, torch.int64)
+    most_possible = lens if budgets.dim() == 2 else lens[..., None]
+    budgets = torch.minimum(budgets, most_possible)
     if budgets.numel() == 0:
         return None
+    per_layer, evicted = budgets.flatten(1), (budgets < most_possible).flatten(1)
     most, least, evicts = torch.stack(
-        [budgets.amax(1), budgets.amin(1), (budgets < lens).any(1).long()]
+        [per_layer.amax(1), per_layer.amin(1), evicted.any(1).long()]
     ).tolist()
     if not any(evicts):
         return None

@@ -7,10 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvevict import ops
-from kvevict.ops.enums import HeadReduction
 from kvevict.policies.base import LayerScores, Policy, Prompt
-from kvevict.priority import FORCED, NEVER, ORDINARY
+from kvevict.priority import ORDINARY
 
 
 @dataclass(frozen=True)
@@ -50,38 +48,11 @@ class SnapKV(Policy):
 
     def row_index(self, prompt: Prompt) -> Tensor:
         """Return the last `window` real rows of every sequence."""
-        return prompt.rows_of(prompt.valid & (prompt.rank_from_end < self.window))
-
-    def observe(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        prompt: Prompt,
-        row_index: Tensor | None,
-        *,
-        sm_scale: float | None = None,
-        softmax_lse: Tensor | None = None,
-    ) -> LayerScores:
-        """Sum the attention from the window [batch_size, num_kv_heads, kv_len]."""
-        scores = ops.score_keys(
-            query,
-            key,
-            row_index=self.row_index(prompt) if row_index is None else row_index,
-            softmax_lse=softmax_lse,
-            key_mask=prompt.key_mask,
-            sm_scale=sm_scale,
-            head_reduction=HeadReduction.GROUP_MEAN,
-        )
-        return LayerScores(scores=scores, prompt=prompt)
+        return prompt.last_rows(self.window)
 
     def priority(self, prompt: Prompt, budget: Tensor) -> Tensor:
-        """Return the classes of `build_priority`, with sinks and window that fit the budget."""
-        num_recent = ((budget + 1) // 2).clamp(max=self.window)[:, None]
-        num_sink = (budget[:, None] - num_recent).clamp(max=self.num_sink)
-        forced = (prompt.rank_from_start < num_sink) | (prompt.rank_from_end < num_recent)
-        priority = torch.full_like(prompt.modality, ORDINARY, dtype=torch.uint8)
-        return priority.masked_fill(forced, FORCED).masked_fill(~prompt.valid, NEVER)
+        """Force the window and the sinks that fit `keep`, in every layer and head alike."""
+        return self.force(prompt, self.keep_tokens(prompt), num_recent=self.window)
 
     def ranking(self, layer: LayerScores, priority: Tensor) -> Tensor:
         """Pool the scores of ordinary keys, exactly as `kvevict.score_and_compact` does."""

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from kvevict import ops
 from kvevict.ops.enums import HeadReduction
-from kvevict.policies.base import TEXT, LayerScores, Policy, Prompt
+from kvevict.policies._shares import share_by_mass
+from kvevict.policies.base import LayerScores, Policy, Prompt
 from kvevict.priority import build_priority
 
 
@@ -64,14 +65,11 @@ class TGVKV(Policy):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._require_count("num_recent", minimum=0)
-        if self.text_score not in ("paper", "released"):
-            raise ValueError(
-                f"TGVKV: text_score must be 'paper' or 'released', got {self.text_score!r}"
-            )
+        self._require_one_of("text_score", ("paper", "released"))
 
     def row_index(self, prompt: Prompt) -> Tensor:
         """Return the text rows after the last vision token."""
-        return prompt.rows_of(_trailing_text(prompt))
+        return prompt.rows_of(prompt.trailing_text)
 
     def observe(
         self,
@@ -94,7 +92,7 @@ class TGVKV(Policy):
             key_mask=prompt.key_mask,
             sm_scale=sm_scale,
         )
-        fallback = _lacks_trailing_text(prompt, _trailing_text(prompt))
+        fallback = _lacks_trailing_text(prompt)
         text_scores = column_sums
         if self.text_score == "released" or bool(fallback.any()):
             sums_of_all_rows = ops.score_keys(
@@ -120,12 +118,7 @@ class TGVKV(Policy):
         lens = torch.stack([layer.prompt.lens for layer in layers]).double()
         totals = torch.stack([layer.prompt.totals for layer in layers]).double()
         ratio = torch.stack([self.keep_ratio(layer.prompt) for layer in layers])
-        share = _shares(layers)
-        # The fraction of its keys that layer l keeps; totals / lens is 1 on a fresh prompt.
-        stored = totals / lens.clamp(min=1)
-        fraction = len(layers) * ratio * share * stored
-        if self.redistribute:
-            fraction = _fill(fraction, share * stored)
+        fraction = share_by_mass(self, layers, redistribute=self.redistribute)
         drop = (lens * (1 - fraction)).round().clamp(min=0)
         forced = lens.clamp(max=float(self.num_sink + self.num_recent))
         kept = forced + (lens - forced - drop).clamp(min=0)
@@ -144,47 +137,6 @@ class TGVKV(Policy):
         )
 
 
-def _trailing_text(prompt: Prompt) -> Tensor:
-    """Return the query rows that are text after the last vision key [batch_size, kv_len] bool."""
-    vision_from_here = prompt.is_vision.flip(1).cumsum(1).flip(1)
-    position = torch.arange(prompt.kv_len, device=prompt.modality.device)
-    is_query = position >= prompt.kv_len - prompt.num_queries
-    text = prompt.valid & (prompt.modality == TEXT) & is_query
-    return text & (vision_from_here == 0) & prompt.is_vision.any(1, keepdim=True)
-
-
-def _lacks_trailing_text(prompt: Prompt, trailing: Tensor) -> Tensor:
+def _lacks_trailing_text(prompt: Prompt) -> Tensor:
     """Return the sequences with vision but without text rows after it [batch_size] bool."""
-    return prompt.is_vision.any(1) & ~trailing.any(1)
-
-
-def _shares(layers: Sequence[LayerScores]) -> Tensor:
-    """Return each layer's share of the mass [num_layers, batch_size] float64, sums to 1."""
-    mass = torch.stack(
-        [
-            torch.zeros(layer.scores.shape[0], device=layer.scores.device)
-            if layer.mass is None
-            else layer.mass
-            for layer in layers
-        ]
-    ).double()
-    total = mass.sum(0)
-    even = torch.full_like(mass, 1 / len(layers))
-    return (mass / total.where(total > 0, 1.0)).where(total > 0, even)
-
-
-def _fill(fraction: Tensor, share: Tensor) -> Tensor:
-    """Move what exceeds 1 to the other layers, by share, until no layer exceeds 1 or all are full.
-
-    Both [num_layers, batch_size] float64. The sum over layers is kept where it is at most
-    num_layers. At least one layer per round becomes full, so num_layers rounds are enough.
-    """
-    total = fraction.sum(0)
-    full = torch.zeros_like(fraction, dtype=torch.bool)
-    for _ in range(fraction.shape[0]):
-        full = full | (fraction > 1)
-        rest = share.masked_fill(full, 0.0)
-        left = (total - full.sum(0)).clamp(min=0)
-        filled = left * rest / rest.sum(0).clamp(min=torch.finfo(torch.float64).tiny)
-        fraction = filled.masked_fill(full, 1.0)
-    return fraction
+    return prompt.is_vision.any(1) & ~prompt.trailing_text.any(1)
