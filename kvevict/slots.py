@@ -148,10 +148,14 @@ class Slots:
         """Keep a score with every slot, moved and dropped with it.
 
         Args:
-            scores: [batch_size, num_lists, stored] float32, of the keys stored now.
+            scores: [batch_size, 1 | num_kv_heads, stored] float32, of the keys stored now. Scores
+                per KV head of keys that share a list make it a list per KV head.
         """
-        capacity = self._tags.shape[2]
-        self._scores = scores.new_zeros((*scores.shape[:2], capacity, 1))
+        batch_size, num_lists, capacity, _ = self._tags.shape
+        if scores.shape[1] > num_lists:
+            num_lists = scores.shape[1]
+            self._tags = self._tags.expand(-1, num_lists, -1, -1).contiguous()
+        self._scores = scores.new_zeros((batch_size, num_lists, capacity, 1))
         self._scores[:, :, : self.stored, 0] = scores
 
     # Appending
@@ -646,21 +650,24 @@ def bucket_lists(lens: Sequence[int]) -> list[list[int]]:
 
 def _selected(old: Slots, selection: Selection, keys: Tensor, values: Tensor) -> Slots:
     """Return the block of the kept `keys` and `values`."""
-    return Slots(
+    new = Slots(
         keys,
         values,
-        _selected_tags(old, selection),
+        _selected_rows(old._tags, selection),
         seen_len=old.seen_len,
         padding_lens=old.padding_lens,
         has_empty=selection.ragged,
     )
+    if old._scores is not None:
+        new.track(_selected_rows(old._scores, selection)[..., 0])
+    return new
 
 
-def _selected_tags(old: Slots, selection: Selection) -> Tensor:
-    """Return the tags of the kept keys [batch_size, num_lists, k, 3]."""
+def _selected_rows(rows: Tensor, selection: Selection) -> Tensor:
+    """Return what is kept of [batch_size, num_lists, stored, *], -1 behind kept_lens."""
     index = selection.kept_indices.long()[..., None]
-    tags = old._tags[:, :, : old.stored].expand(-1, index.shape[1], -1, -1)
-    kept = tags.gather(2, index.clamp(min=0).expand(-1, -1, -1, 3))
+    lists = rows.expand(-1, index.shape[1], -1, -1)
+    kept = lists.gather(2, index.clamp(min=0).expand(-1, -1, -1, rows.shape[3]))
     return kept.masked_fill(index < 0, -1)
 
 
@@ -668,7 +675,7 @@ def _split(old: Slots, selection: Selection, groups: Sequence[Sequence[int]]) ->
     """Return a layer of several blocks."""
     batch_size, num_lists = selection.kept_lens.shape
     indices = selection.kept_indices.flatten(0, 1)
-    tags = _selected_tags(old, selection).flatten(0, 1)[:, None]
+    tags = _selected_rows(old._tags, selection).flatten(0, 1)[:, None]
     padding = old.padding_lens.repeat_interleave(num_lists, 0)
     buckets, members = [], []
     for group in groups:

@@ -2,9 +2,9 @@
 
 An engine keeps the keys of every layer in `kvevict.slots.Slots` and calls a `DecodePolicy`
 
-1. once after the prompt: `begin(layers, scores)`;
-2. in every later forward, after a layer's attention: `observe(slots, query)`;
-3. after the last layer of that forward: `evict(layers)`, and drops the slots it returns.
+1. once after the prompt: `begin_decoding(layers, scores)`;
+2. in every later forward, in every layer: `observe_step(slots, query)`;
+3. after the last layer of that forward: `evict_step(layers)`, and drops the slots it returns.
 
 The number of keys is known to the host as long as all lists of a layer grow and shrink alike
 (`Slots.grown`), and so is whether anything is due: then nothing waits for the device, and no mask
@@ -50,7 +50,7 @@ class DecodePolicy(Protocol):
         """Whether it ever does; if not, the engine only appends and calls nothing."""
         ...
 
-    def begin(self, layers: Sequence[Slots], scores: Sequence[LayerScores]) -> None:
+    def begin_decoding(self, layers: Sequence[Slots], scores: Sequence[LayerScores]) -> None:
         """Prepare for what comes after the prompt; the layers' `memory` is the policy's.
 
         Args:
@@ -60,7 +60,7 @@ class DecodePolicy(Protocol):
         """
         ...
 
-    def observe(
+    def observe_step(
         self,
         slots: Slots,
         query: Tensor,
@@ -79,14 +79,14 @@ class DecodePolicy(Protocol):
         """
         ...
 
-    def evict(self, layers: Sequence[Slots]) -> Sequence[Victims | None]:
+    def evict_step(self, layers: Sequence[Slots]) -> Sequence[Victims | None]:
         """Return what to drop of every layer, None = nothing."""
         ...
 
 
-def evict_slots(policy: DecodePolicy, layers: Sequence[Slots]) -> None:
-    """Drop what a policy wants dropped."""
-    for slots, victims in zip(layers, policy.evict(layers), strict=True):
+def evict_step(policy: DecodePolicy, layers: Sequence[Slots]) -> None:
+    """Drop what a policy wants dropped after a forward."""
+    for slots, victims in zip(layers, policy.evict_step(layers), strict=True):
         if victims is not None and victims.slots.shape[-1] > 0:
             slots.evict(victims.slots, victims.evicted_lens)
 
@@ -94,11 +94,11 @@ def evict_slots(policy: DecodePolicy, layers: Sequence[Slots]) -> None:
 def begin_decoding(
     policy: DecodePolicy, layers: Sequence[Slots], scores: Sequence[LayerScores]
 ) -> None:
-    """Start a policy on what an eviction of the prompt has left; see `DecodePolicy.begin`."""
+    """Start a policy on what the eviction of a prompt has left."""
     for slots in layers:
         slots.grown = slots.pending = 0
         slots.memory = {}
-    policy.begin(layers, scores)
+    policy.begin_decoding(layers, scores)
 
 
 def received(

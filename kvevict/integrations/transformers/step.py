@@ -29,7 +29,7 @@ from kvevict.policies.base import (
     select_layers,
 )
 from kvevict.policies.between import LayerPolicy
-from kvevict.policies.decode import DecodePolicy, begin_decoding, evict_slots
+from kvevict.policies.decode import DecodePolicy, begin_decoding, evict_step
 from kvevict.slots import LayerSlots, Slots, select_slots
 
 
@@ -160,7 +160,7 @@ class Step:
             return layer.store.attend(query, mask, partial(attend_blocks, sdpa))
         slots = layer.store.slots
         visible = slots.visible(mask)
-        layer.decode_policy.observe(slots, query, key_mask=visible, sm_scale=scaling)
+        layer.decode_policy.observe_step(slots, query, key_mask=visible, sm_scale=scaling)
         return attend_blocks(sdpa, query, key, value, visible)
 
     # What the policy sees
@@ -303,7 +303,7 @@ class Step:
             self._note_turn()
         decoding = self._decoding_layers()
         if decoding:
-            evict_slots(self.policy, [layer.store.slots for layer in decoding])
+            evict_step(self.policy, [layer.store.slots for layer in decoding])
             for layer in decoding:
                 layer.show()
         return None
