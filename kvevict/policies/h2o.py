@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from torch import Tensor
 
 from kvevict.policies._shares import floor_share
@@ -96,7 +95,10 @@ class H2O(DecodeLimit, Policy):
         self, slots: Slots, limit: int | Tensor, count: int | Tensor, most: int
     ) -> Victims | None:
         """Choose the lowest scores that are neither sinks nor recent."""
-        recent = floor_share(torch.as_tensor(limit), self.recent_share)
-        num_recent = recent if isinstance(limit, Tensor) else int(recent)
+        num_recent: int | Tensor
+        if isinstance(limit, int):
+            num_recent = int(limit * self.recent_share + 1e-6)
+        else:
+            num_recent = floor_share(limit, self.recent_share)
         candidates = evictable(slots, fitting(self.num_sink, limit - num_recent), num_recent)
         return lowest(slots.scores, candidates.byte(), count, most)

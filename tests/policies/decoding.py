@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kvevict.policies import LayerScores, PrefillPolicy, Prompt, Selection, select_layers
+from kvevict.policies import LayerScores, PrefillPolicy, Prompt, select_layers
 from kvevict.policies.decode import begin_decoding, evict_step
 from kvevict.slots import Slots, select_slots
-from tests.policies.cases import NUM_KV_HEADS, NUM_QO_HEADS, kept_lists
+from tests.policies.cases import NUM_KV_HEADS, NUM_QO_HEADS
 
 HEAD_DIM = 8
 Live = list[list[list[list[int]]]]  # [layer][sequence][list] -> ascending columns
@@ -188,12 +188,3 @@ def attention_of(
         logits = key @ tokens.queries[layer][0, head, row].double() / HEAD_DIM**0.5
         total += logits.softmax(-1)
     return dict(zip(columns, (total / heads).tolist(), strict=True))
-
-
-def kept_after_prompt(
-    selections: tuple[Selection, ...] | None, layers: list[Slots]
-) -> list[list[list[list[int]]]]:
-    """Return the kept columns of the prompt."""
-    if selections is None:
-        return live_columns(layers)
-    return [kept_lists(selection) for selection in selections]

@@ -26,7 +26,7 @@ HEADS, HEAD_DIM = 2, 8
 
 
 def rows_of(columns: Tensor, num_heads: int = HEADS, head_dim: int = HEAD_DIM) -> Tensor:
-    """Return rows that tell sequence, head and column [batch_size, num_heads, columns, head_dim]."""
+    """Return rows that tell sequence, head and column [batch_size, num_heads, columns, *]."""
     batch_size = columns.shape[0]
     base = torch.arange(batch_size)[:, None, None] * 1e6 + torch.arange(num_heads)[:, None] * 1e5
     return (base + columns[:, None])[..., None] + torch.arange(head_dim) / 16
