@@ -25,7 +25,7 @@ from kvevict.policies.base import (
     PrefillPolicy,
     Prompt,
     Selection,
-    SharingPolicy,
+    observer,
     select_layers,
 )
 from kvevict.policies.between import LayerPolicy
@@ -229,9 +229,7 @@ class Step:
             scores = torch.zeros(prompt.modality.shape, device=key.device)[:, None]
             self.scores[index] = LayerScores(scores, prompt)
             return
-        observe = self.policy.observe
-        if self.scores and isinstance(self.policy, SharingPolicy):
-            observe = partial(self.policy.observe_later, next(iter(self.scores.values())))
+        observe = observer(self.policy, next(iter(self.scores.values()), None))
         self.scores[index] = observe(query, key, value, prompt, row_index, sm_scale=scaling)
 
     # Between layers
