@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from kvevict.policies import LayerScores, PrefillPolicy, Prompt, select_layers
+from kvevict.policies.base import observer
 from kvevict.policies.decode import begin_decoding, evict_step
 from kvevict.slots import Slots, select_slots
-from tests.policies.cases import NUM_KV_HEADS, NUM_QO_HEADS
+from tests.policies.cases import NUM_KV_HEADS, NUM_QO_HEADS, make_prompt
 
-HEAD_DIM = 8
+HEAD_DIM, NUM_STEPS, NUM_LAYERS = 8, 24, 2
 Live = list[list[list[list[int]]]]  # [layer][sequence][list] -> ascending columns
 
 
@@ -61,7 +62,9 @@ def decode(
     first = [[t[:, :, :prompt_len] for t in ts] for ts in vars(tokens).values()]
     if isinstance(policy, PrefillPolicy):
         rows = policy.row_index(prompt)
-        scores = [policy.observe(q, k, v, prompt, rows) for q, k, v in zip(*first, strict=True)]
+        scores: list[LayerScores] = []
+        for states in zip(*first, strict=True):
+            scores.append(observer(policy, next(iter(scores), None))(*states, prompt, rows))
         selections = select_layers(policy, scores)
     else:
         zeros = torch.zeros(batch_size, 1, prompt_len)
@@ -125,6 +128,10 @@ class List:
 
     live: list[int]
     scores: dict[int, float]
+    row: str
+
+    def is_text(self, column: int) -> bool:
+        return column >= len(self.row) or self.row[column] not in "iv"
 
     def add(self, attention: dict[int, float]) -> None:
         for column, value in attention.items():
@@ -140,7 +147,7 @@ Rule = Callable[[List, dict[int, float], int], None]
 
 def decode_by_loops(
     tokens: Tokens,
-    prompt_len: int,
+    row: str,
     kept: list[list[list[int]]],
     starts: Any,
     rules: Any,
@@ -150,9 +157,9 @@ def decode_by_loops(
 
     Args:
         tokens: of the sequence.
-        prompt_len: tokens of the prompt.
+        row: a letter per token of the prompt.
         kept: [layer][list] the columns that stay of the prompt.
-        starts: [layer][list] tensors [prompt_len], the scores that the keys start with.
+        starts: [layer][list] tensors [prompt length], the scores that the keys start with.
         rules: [layer][list] a `Rule` each.
         num_steps: tokens to decode.
 
@@ -161,13 +168,13 @@ def decode_by_loops(
     """
     states = [
         [
-            List(list(own), {c: float(start[c]) for c in own})
+            List(list(own), {c: float(start[c]) for c in own}, row)
             for own, start in zip(lists, layer_starts, strict=True)
         ]
         for lists, layer_starts in zip(kept, starts, strict=True)
     ]
     history = []
-    for column in range(prompt_len, prompt_len + num_steps):
+    for column in range(len(row), len(row) + num_steps):
         for layer, lists in enumerate(states):
             for i, own in enumerate(lists):
                 own.live.append(column)
@@ -188,3 +195,30 @@ def attention_of(
         logits = key @ tokens.queries[layer][0, head, row].double() / HEAD_DIM**0.5
         total += logits.softmax(-1)
     return dict(zip(columns, (total / heads).tolist(), strict=True))
+
+
+def assert_equal_loops(
+    policy: Any, rows: list[str], rules_of: Callable[[Run, int, list[list[list[int]]]], Any]
+) -> Run:
+    """Decode a batch, and every sequence alone by loops.
+
+    `rules_of` gives the rules of a sequence, from what it kept of the prompt.
+    """
+    prompt = make_prompt(*rows)
+    tokens = Tokens.draw(len(rows), prompt.kv_len + NUM_STEPS, NUM_LAYERS)
+    run = decode(policy, prompt, tokens, NUM_STEPS)
+    for b, row in enumerate(rows):
+        padding = row.count(".")
+        kept = [[[c - padding for c in own] for own in layer[b]] for layer in run.live[0]]
+        expected = decode_by_loops(
+            tokens.of_sequence(b, padding),
+            row[padding:],
+            kept,
+            [layer.scores[b, :, padding:] for layer in run.scores],
+            rules_of(run, b, kept),
+            NUM_STEPS,
+        )
+        for step, theirs in enumerate(expected, 1):
+            ours = [[[c - padding for c in own] for own in layer[b]] for layer in run.live[step]]
+            assert ours == theirs, f"step {step} of sequence {b}"
+    return run

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,28 +10,22 @@ import torch
 from kvevict.policies import H2O, TGVKV, LayerScores, Selection, StreamingLLM
 from kvevict.policies.decode import DecodePolicy, evict_step
 from kvevict.slots import select_slots
+from tests.policies.cases import PROMPTS as ALL_PROMPTS
 from tests.policies.cases import make_prompt
 from tests.policies.decoding import (
+    NUM_LAYERS,
+    NUM_STEPS,
     List,
     Rule,
     Run,
     Tokens,
+    assert_equal_loops,
     block_of,
     decode,
-    decode_by_loops,
     live_columns,
 )
 
-PROMPTS = {
-    "single": ["tttttiiiiiiiiiiiiiittttttt"],
-    "two_images": ["tttiiiiiitttiiiiiiiiiitttt"],
-    "left_padded": [
-        "......tttiiiiiiiiiiittttt",
-        "ttttiiiiiiittiiiiiiiiittt",
-        "..tiiiiiiiiiiiiiiiiiiiiit",
-    ],
-}
-NUM_STEPS, NUM_LAYERS = 24, 2
+PROMPTS = {name: ALL_PROMPTS[name] for name in ("one_image", "two_images", "left_padded")}
 
 
 def h2o_rule(policy: H2O, limit: int) -> Rule:
@@ -78,33 +71,6 @@ LIMITED: dict[str, tuple[Any, Any]] = {
     "streaming": (StreamingLLM(keep=0.4), streaming_rule),
     "streaming_grows_first": (StreamingLLM(keep=29, num_sink=2), streaming_rule),
 }
-
-
-def assert_equal_loops(
-    policy: Any, rows: list[str], rules_of: Callable[[Run, int, list[list[list[int]]]], Any]
-) -> Run:
-    """Decode a batch, and every sequence alone by loops.
-
-    `rules_of` gives the rules of a sequence, from what it kept of the prompt.
-    """
-    prompt = make_prompt(*rows)
-    tokens = Tokens.draw(len(rows), prompt.kv_len + NUM_STEPS, NUM_LAYERS)
-    run = decode(policy, prompt, tokens, NUM_STEPS)
-    for b, row in enumerate(rows):
-        padding = row.count(".")
-        kept = [[[c - padding for c in own] for own in layer[b]] for layer in run.live[0]]
-        expected = decode_by_loops(
-            tokens.of_sequence(b, padding),
-            len(row) - padding,
-            kept,
-            [layer.scores[b, :, padding:] for layer in run.scores],
-            rules_of(run, b, kept),
-            NUM_STEPS,
-        )
-        for step, theirs in enumerate(expected, 1):
-            ours = [[[c - padding for c in own] for own in layer[b]] for layer in run.live[step]]
-            assert ours == theirs, f"step {step} of sequence {b}"
-    return run
 
 
 @pytest.mark.parametrize("prompt_name", PROMPTS)
