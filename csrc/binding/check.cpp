@@ -74,9 +74,10 @@ struct Extent {
 
 Extent extent_of(const Tensor& tensor) {
   const auto bytes = static_cast<int64_t>(tensor.element_size());
+  const auto sizes = tensor.sizes(), strides = tensor.strides();
   Extent extent{reinterpret_cast<int64_t>(tensor.const_data_ptr()), 0, bytes, {}};
-  for (int64_t d = 0; d < tensor.dim(); ++d) {
-    if (tensor.size(d) > 1) extent.dims.emplace_back(tensor.stride(d) * bytes, tensor.size(d));
+  for (size_t d = 0; d < sizes.size(); ++d) {
+    if (sizes[d] > 1) extent.dims.emplace_back(strides[d] * bytes, sizes[d]);
   }
   std::sort(extent.dims.rbegin(), extent.dims.rend());
   if (!extent.dims.empty() && extent.dims.back().first == bytes) {
@@ -123,14 +124,14 @@ bool overlaps_itself(const Extent& extent) {
 
 }  // namespace
 
-void Check::fail(const std::string& argument, const std::string& expectation,
+void Check::fail(const Argument& argument, const std::string& expectation,
                  const std::string& value) const {
-  throw std::invalid_argument("kvevict::" + std::string(op_) + ": " + argument + " must " +
+  throw std::invalid_argument("kvevict::" + std::string(op_) + ": " + argument.text() + " must " +
                               expectation + ", got " + value);
 }
 
-void Check::shape(const Tensor& tensor, const std::string& argument,
-                  std::vector<Dim> expected) const {
+void Check::shape(const Tensor& tensor, const Argument& argument,
+                  std::span<const Dim> expected) const {
   const auto sizes = tensor.sizes();
   bool fits = sizes.size() == expected.size();
   for (size_t d = 0; fits && d < expected.size(); ++d) {
@@ -142,7 +143,7 @@ void Check::shape(const Tensor& tensor, const std::string& argument,
        tuple(sizes, [](int64_t size) { return std::to_string(size); }));
 }
 
-void Check::dtype(const Tensor& tensor, const std::string& argument,
+void Check::dtype(const Tensor& tensor, const Argument& argument,
                   std::initializer_list<ScalarType> allowed) const {
   const ScalarType type = tensor.scalar_type();
   if (std::find(allowed.begin(), allowed.end(), type) != allowed.end()) return;
@@ -151,14 +152,16 @@ void Check::dtype(const Tensor& tensor, const std::string& argument,
   fail(argument, "be " + join(names), dtype_name(type));
 }
 
-void Check::device(const Tensor& tensor, const std::string& argument, const Tensor& reference,
-                   const std::string& reference_name) const {
+void Check::device(const Tensor& tensor, const Argument& argument, const Tensor& reference,
+                   const Argument& reference_name) const {
+  if (tensor.device() == reference.device()) return;
   const std::string expected = device_name(reference);
   const std::string name = device_name(tensor);
-  if (name != expected) fail(argument, "be on " + expected + " as " + reference_name + " is", name);
+  if (name == expected) return;  // cpu is cpu:0
+  fail(argument, "be on " + expected + " as " + reference_name.text() + " is", name);
 }
 
-void Check::contiguous_last_dim(const Tensor& tensor, const std::string& argument) const {
+void Check::contiguous_last_dim(const Tensor& tensor, const Argument& argument) const {
   const int64_t last = tensor.dim() - 1;
   if (tensor.size(last) > 1 && tensor.stride(last) != 1) {
     fail(argument, "have a contiguous last dimension",
@@ -166,19 +169,19 @@ void Check::contiguous_last_dim(const Tensor& tensor, const std::string& argumen
   }
 }
 
-void Check::at_least(int64_t value, const std::string& argument, int64_t minimum) const {
+void Check::at_least(int64_t value, const Argument& argument, int64_t minimum) const {
   if (value < minimum) {
     fail(argument, "be at least " + std::to_string(minimum), std::to_string(value));
   }
 }
 
-void Check::in_range(int64_t value, const std::string& argument, int64_t low, int64_t high) const {
+void Check::in_range(int64_t value, const Argument& argument, int64_t low, int64_t high) const {
   if (low <= value && value < high) return;
   fail(argument, "be in [" + std::to_string(low) + ", " + std::to_string(high) + ")",
        std::to_string(value));
 }
 
-void Check::one_of(int64_t value, const std::string& argument,
+void Check::one_of(int64_t value, const Argument& argument,
                    std::initializer_list<const char*> names) const {
   if (0 <= value && value < static_cast<int64_t>(names.size())) return;
   std::vector<std::string> words;
@@ -188,14 +191,14 @@ void Check::one_of(int64_t value, const std::string& argument,
   fail(argument, "be " + join(words), std::to_string(value));
 }
 
-void Check::finite(double value, const std::string& argument) const {
+void Check::finite(double value, const Argument& argument) const {
   if (std::isfinite(value)) return;
   fail(argument, "be finite", std::isnan(value) ? "nan" : value > 0 ? "inf" : "-inf");
 }
 
-void Check::companion(const Tensor& tensor, const std::string& argument, ScalarType type,
+void Check::companion(const Tensor& tensor, const Argument& argument, ScalarType type,
                       std::vector<Dim> expected, const Tensor& reference,
-                      const std::string& reference_name) const {
+                      const Argument& reference_name) const {
   device(tensor, argument, reference, reference_name);
   dtype(tensor, argument, {type});
   shape(tensor, argument, std::move(expected));
@@ -203,14 +206,14 @@ void Check::companion(const Tensor& tensor, const std::string& argument, ScalarT
 
 void Check::priority(const std::optional<Tensor>& tensor, int64_t batch_size, int64_t num_heads,
                      int64_t kv_len, const Tensor& reference,
-                     const std::string& reference_name) const {
+                     const Argument& reference_name) const {
   if (!tensor) return;
   std::vector<Dim> expected{batch_size, kv_len};
   if (tensor->dim() == 3) expected.insert(expected.begin() + 1, num_heads);
   companion(*tensor, "priority", ScalarType::Byte, expected, reference, reference_name);
 }
 
-void Check::movable(const Tensor& tensor, const std::string& argument) const {
+void Check::movable(const Tensor& tensor, const Argument& argument) const {
   const auto bytes = tensor.element_size();
   if (bytes != 1 && bytes != 2 && bytes != 4 && bytes != 8) {
     fail(argument, "have elements of 1, 2, 4 or 8 bytes", dtype_name(tensor.scalar_type()));
@@ -218,28 +221,41 @@ void Check::movable(const Tensor& tensor, const std::string& argument) const {
   contiguous_last_dim(tensor, argument);
 }
 
-void Check::disjoint(const std::vector<Tensor>& tensors, const std::vector<std::string>& names,
+void Check::disjoint(const std::vector<Tensor>& tensors, const std::vector<Argument>& names,
                      size_t num_written) const {
-  struct Named {
-    Extent extent;
+  struct Range {
+    int64_t begin, end;  // of all elements, in bytes from 0
     size_t index;
   };
-  std::vector<Named> sorted;
+  std::vector<Range> ranges;
+  ranges.reserve(tensors.size());
+  // Only tensors that are not contiguous, or whose ranges cross, need a closer look.
+  std::vector<std::optional<Extent>> extents(tensors.size());
+  const auto extent = [&](size_t i) -> const Extent& {
+    if (!extents[i]) extents[i] = extent_of(tensors[i]);
+    return *extents[i];
+  };
   for (size_t i = 0; i < tensors.size(); ++i) {
-    if (tensors[i].numel() == 0) continue;
-    sorted.push_back({extent_of(tensors[i]), i});
-    if (i < num_written && overlaps_itself(sorted.back().extent)) {
+    const Tensor& tensor = tensors[i];
+    const int64_t bytes = tensor.numel() * static_cast<int64_t>(tensor.element_size());
+    if (bytes == 0) continue;
+    if (tensor.is_contiguous()) {
+      const auto begin = reinterpret_cast<int64_t>(tensor.const_data_ptr());
+      ranges.push_back({begin, begin + bytes, i});
+      continue;
+    }
+    ranges.push_back({extent(i).begin, extent(i).end, i});
+    if (i < num_written && overlaps_itself(extent(i))) {
       fail(names[i], "not overlap itself", "an expanded tensor");
     }
   }
-  std::sort(sorted.begin(), sorted.end(),
-            [](const Named& a, const Named& b) { return a.extent.begin < b.extent.begin; });
-  for (size_t i = 0; i < sorted.size(); ++i) {
-    for (size_t j = i + 1; j < sorted.size(); ++j) {
-      if (sorted[j].extent.begin >= sorted[i].extent.end) break;
-      const auto [first, second] = std::minmax(sorted[i].index, sorted[j].index);
-      if (first < num_written && overlap(sorted[i].extent, sorted[j].extent)) {
-        fail(names[second], "not overlap " + names[first], "shared memory");
+  std::sort(ranges.begin(), ranges.end(),
+            [](const Range& a, const Range& b) { return a.begin < b.begin; });
+  for (size_t i = 0; i < ranges.size(); ++i) {
+    for (size_t j = i + 1; j < ranges.size() && ranges[j].begin < ranges[i].end; ++j) {
+      const auto [first, second] = std::minmax(ranges[i].index, ranges[j].index);
+      if (first < num_written && overlap(extent(ranges[i].index), extent(ranges[j].index))) {
+        fail(names[second], "not overlap " + names[first].text(), "shared memory");
       }
     }
   }

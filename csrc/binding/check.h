@@ -4,6 +4,7 @@
 // kvevict/ops/_check.py says the same words for the fake kernels; tests hold them together.
 #pragma once
 
+#include <span>
 #include <sstream>
 #include <string>
 #include <vector>
@@ -12,11 +13,28 @@
 
 namespace kvevict {
 
+// The name of an argument or of an element of a list, "keys[3]"; text only where a message needs
+// it.
+class Argument {
+ public:
+  Argument(const char* name) : name_(name) {}                 // NOLINT: names are meant to convert
+  Argument(const std::string& name) : name_(name.c_str()) {}  // NOLINT
+  Argument(const char* list, size_t index) : name_(list), index_(static_cast<int64_t>(index)) {}
+
+  std::string text() const {
+    return index_ < 0 ? name_ : name_ + ("[" + std::to_string(index_) + "]");
+  }
+
+ private:
+  const char* name_;
+  int64_t index_ = -1;
+};
+
 class Check {
  public:
   explicit Check(const char* op) : op_(op) {}
 
-  [[noreturn]] void fail(const std::string& argument, const std::string& expectation,
+  [[noreturn]] void fail(const Argument& argument, const std::string& expectation,
                          const std::string& value) const;
 
   // One dimension of an expected shape: a size, one of two sizes, or any.
@@ -27,33 +45,37 @@ class Check {
   };
   static constexpr int64_t kAny = -1;
 
-  void shape(const Tensor& tensor, const std::string& argument, std::vector<Dim> expected) const;
-  void dtype(const Tensor& tensor, const std::string& argument,
+  void shape(const Tensor& tensor, const Argument& argument, std::span<const Dim> expected) const;
+  void shape(const Tensor& tensor, const Argument& argument,
+             std::initializer_list<Dim> expected) const {
+    shape(tensor, argument, std::span(expected.begin(), expected.size()));
+  }
+  void dtype(const Tensor& tensor, const Argument& argument,
              std::initializer_list<ScalarType> allowed) const;
-  void device(const Tensor& tensor, const std::string& argument, const Tensor& reference,
-              const std::string& reference_name) const;
-  void contiguous_last_dim(const Tensor& tensor, const std::string& argument) const;
-  void at_least(int64_t value, const std::string& argument, int64_t minimum) const;
-  void in_range(int64_t value, const std::string& argument, int64_t low, int64_t high) const;
-  void one_of(int64_t value, const std::string& argument,
+  void device(const Tensor& tensor, const Argument& argument, const Tensor& reference,
+              const Argument& reference_name) const;
+  void contiguous_last_dim(const Tensor& tensor, const Argument& argument) const;
+  void at_least(int64_t value, const Argument& argument, int64_t minimum) const;
+  void in_range(int64_t value, const Argument& argument, int64_t low, int64_t high) const;
+  void one_of(int64_t value, const Argument& argument,
               std::initializer_list<const char*> names) const;
-  void finite(double value, const std::string& argument) const;
+  void finite(double value, const Argument& argument) const;
 
   // A small tensor of a given type and shape beside the op's first tensor.
-  void companion(const Tensor& tensor, const std::string& argument, ScalarType type,
+  void companion(const Tensor& tensor, const Argument& argument, ScalarType type,
                  std::vector<Dim> expected, const Tensor& reference,
-                 const std::string& reference_name) const;
+                 const Argument& reference_name) const;
 
   // Priorities of scores of a shape [batch_size, num_heads, kv_len], per key or per head and key.
   void priority(const std::optional<Tensor>& tensor, int64_t batch_size, int64_t num_heads,
-                int64_t kv_len, const Tensor& reference, const std::string& reference_name) const;
+                int64_t kv_len, const Tensor& reference, const Argument& reference_name) const;
 
   // A tensor whose elements can be moved as bytes.
-  void movable(const Tensor& tensor, const std::string& argument) const;
+  void movable(const Tensor& tensor, const Argument& argument) const;
 
   // The first num_written tensors have no element twice and share none with any other tensor: they
   // will be written. The rest is only read.
-  void disjoint(const std::vector<Tensor>& tensors, const std::vector<std::string>& names,
+  void disjoint(const std::vector<Tensor>& tensors, const std::vector<Argument>& names,
                 size_t num_written) const;
 
  private:

@@ -10,11 +10,12 @@ namespace {
 
 KvTensor kv_tensor(const Tensor& tensor, Access access) {
   const auto bytes = static_cast<int64_t>(tensor.element_size());
+  const auto sizes = tensor.sizes(), strides = tensor.strides();
   void* data = access == Access::kWrite ? tensor.mutable_data_ptr()
                                         : const_cast<void*>(tensor.const_data_ptr());
-  return {{data, tensor.stride(0) * bytes, tensor.stride(1) * bytes, tensor.stride(2) * bytes},
-          tensor.size(3) * bytes,
-          tensor.size(2)};
+  return {{data, strides[0] * bytes, strides[1] * bytes, strides[2] * bytes},
+          sizes[3] * bytes,
+          sizes[2]};
 }
 
 // Every list once: shared ones (stride 0) are checked against the shortest layer.
@@ -52,17 +53,31 @@ void check_list_values(const Check& check, const IndexArgs& args, const KvShape&
   }
 }
 
-}  // namespace
-
-std::vector<std::string> element_names(const std::string& list, size_t count) {
-  std::vector<std::string> names;
-  for (size_t i = 0; i < count; ++i) names.push_back(list + "[" + std::to_string(i) + "]");
-  return names;
+// The dimensions of what there is once for each layer, sequence and head, or once for all layers.
+std::vector<Check::Dim> list_dims(const KvShape& shape, bool all_layers) {
+  std::vector<Check::Dim> dims;
+  if (!all_layers) dims.push_back({shape.num_layers, 1});
+  dims.push_back(shape.batch_size);
+  dims.push_back({shape.num_kv_heads, 1});
+  return dims;
 }
+
+// Strides over these dimensions, the first `num_dims` of a dense tensor; 0 where they are shared.
+struct ListStrides {
+  int64_t layer, batch, head;
+};
+ListStrides list_strides(const Tensor& tensor, int64_t num_dims) {
+  const int64_t batch_size = tensor.size(num_dims - 2), num_heads = tensor.size(num_dims - 1);
+  const bool all_layers = num_dims == 2 || tensor.size(0) == 1;
+  return {all_layers ? 0 : batch_size * num_heads, num_heads, num_heads == 1 ? 0 : 1};
+}
+
+}  // namespace
 
 std::vector<KvTensor> kv_tensors(const std::vector<Tensor>& keys, const std::vector<Tensor>& values,
                                  Access access) {
   std::vector<KvTensor> tensors;
+  tensors.reserve(keys.size() + values.size());
   for (const auto* list : {&keys, &values}) {
     for (const Tensor& tensor : *list) tensors.push_back(kv_tensor(tensor, access));
   }
@@ -77,60 +92,90 @@ std::vector<KvTensor> check_kv_layers(const Check& check, const std::vector<Tens
     check.fail("values", "have as many layers as keys, " + std::to_string(keys.size()),
                std::to_string(values.size()));
   }
-  const auto key_names = element_names("keys", keys.size());
-  const auto value_names = element_names("values", values.size());
   for (size_t layer = 0; layer < keys.size(); ++layer) {
     const Tensor &key = keys[layer], &value = values[layer];
-    check.device(key, key_names[layer], keys[0], "keys[0]");
+    const Argument key_name("keys", layer), value_name("values", layer);
+    check.device(key, key_name, keys[0], "keys[0]");
     if (layer == 0) {
-      check.shape(key, key_names[layer], {kAny, kAny, kAny, kAny});
+      check.shape(key, key_name, {kAny, kAny, kAny, kAny});
     } else {
-      check.shape(key, key_names[layer], {keys[0].size(0), keys[0].size(1), kAny, kAny});
+      check.shape(key, key_name, {keys[0].size(0), keys[0].size(1), kAny, kAny});
     }
-    check.movable(key, key_names[layer]);
-    check.device(value, value_names[layer], keys[0], "keys[0]");
-    check.shape(value, value_names[layer], {key.size(0), key.size(1), key.size(2), kAny});
-    check.movable(value, value_names[layer]);
+    check.movable(key, key_name);
+    check.device(value, value_name, keys[0], "keys[0]");
+    check.shape(value, value_name, {key.size(0), key.size(1), key.size(2), kAny});
+    check.movable(value, value_name);
   }
   return kv_tensors(keys, values, access);
+}
+
+IndexArgs check_index_lists(const Check& check, const Tensor& lists, const Argument& argument,
+                            const KvShape& shape, const Tensor& reference,
+                            const Argument& reference_name) {
+  std::vector<Check::Dim> dims = list_dims(shape, lists.dim() == 3);
+  dims.push_back(Check::kAny);
+  check.companion(lists, argument, ScalarType::Int, dims, reference, reference_name);
+  IndexArgs args{{}, dense(lists), std::nullopt};
+  const int64_t k = lists.size(-1);
+  const ListStrides strides = list_strides(lists, lists.dim() - 1);
+  args.lists.indices = static_cast<const int32_t*>(args.indices.const_data_ptr());
+  args.lists.k = k;
+  args.lists.stride_layer = strides.layer * k;
+  args.lists.stride_batch = strides.batch * k;
+  args.lists.stride_head = strides.head * k;
+  return args;
+}
+
+IndexArgs check_list_lens(const Check& check, const Tensor& lens, const Argument& argument,
+                          const KvShape& shape, const Tensor& reference,
+                          const Argument& reference_name) {
+  check.companion(lens, argument, ScalarType::Int, list_dims(shape, lens.dim() == 2), reference,
+                  reference_name);
+  IndexArgs args{{}, dense(lens), std::nullopt};
+  const ListStrides strides = list_strides(lens, lens.dim());
+  args.lists.indices = static_cast<const int32_t*>(args.indices.const_data_ptr());
+  args.lists.k = 1;
+  args.lists.stride_layer = strides.layer;
+  args.lists.stride_batch = strides.batch;
+  args.lists.stride_head = strides.head;
+  return args;
+}
+
+void check_disjoint(const Check& check, const std::vector<Tensor>& keys,
+                    const std::vector<Tensor>& values,
+                    std::initializer_list<std::pair<Argument, std::optional<Tensor>>> lists) {
+  std::vector<Tensor> tensors = keys;
+  tensors.insert(tensors.end(), values.begin(), values.end());
+  std::vector<Argument> names;
+  for (size_t layer = 0; layer < keys.size(); ++layer) names.emplace_back("keys", layer);
+  for (size_t layer = 0; layer < values.size(); ++layer) names.emplace_back("values", layer);
+  const size_t num_written = tensors.size();
+  for (const auto& [name, list] : lists) {
+    if (!list) continue;
+    tensors.push_back(*list);
+    names.push_back(name);
+  }
+  check.disjoint(tensors, names, num_written);
 }
 
 IndexArgs check_kept_indices(const Check& check, const Tensor& kept_indices,
                              const std::optional<Tensor>& kept_lens, const KvShape& shape,
                              const std::vector<int64_t>& kv_lens, const Tensor& reference,
-                             const std::string& reference_name) {
-  const auto& [num_layers, batch_size, num_kv_heads] = shape;
-  const bool all_layers = kept_indices.dim() == 3;
-  std::vector<Check::Dim> dims;
-  if (!all_layers) dims.push_back({num_layers, 1});
-  dims.push_back(batch_size);
-  dims.push_back({num_kv_heads, 1});
-  dims.push_back(Check::kAny);
-  check.companion(kept_indices, "kept_indices", ScalarType::Int, dims, reference, reference_name);
+                             const Argument& reference_name) {
+  IndexArgs args =
+      check_index_lists(check, kept_indices, "kept_indices", shape, reference, reference_name);
   if (kept_lens) {
     const auto sizes = kept_indices.sizes();
     check.companion(*kept_lens, "kept_lens", ScalarType::Int, {sizes.begin(), sizes.end() - 1},
                     reference, reference_name);
   }
-
-  IndexArgs args{{}, dense(kept_indices), dense(kept_lens)};
-  const int64_t k = kept_indices.size(-1);
-  const int64_t list_heads = kept_indices.size(-2);
-  const int64_t list_layers = all_layers ? 1 : kept_indices.size(0);
-  const int64_t layer_stride = list_layers == 1 ? 0 : batch_size * list_heads;
-  const int64_t head_stride = list_heads == 1 ? 0 : 1;
-  args.lists = {
-      static_cast<const int32_t*>(args.indices.const_data_ptr()),
-      data_or_null<int32_t>(args.lens),
-      k,
-      layer_stride * k,
-      list_heads * k,
-      head_stride * k,
-      layer_stride,
-      list_heads,
-      head_stride,
-  };
-  if (reference.is_cpu() && num_layers > 0) check_list_values(check, args, shape, kv_lens);
+  args.lens = dense(kept_lens);
+  const ListStrides strides = list_strides(args.indices, args.indices.dim() - 1);
+  args.lists.lens = data_or_null<int32_t>(args.lens);
+  args.lists.lens_stride_layer = strides.layer;
+  args.lists.lens_stride_batch = strides.batch;
+  args.lists.lens_stride_head = strides.head;
+  if (reference.is_cpu() && shape.num_layers > 0) check_list_values(check, args, shape, kv_lens);
   return args;
 }
 

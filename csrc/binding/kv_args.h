@@ -10,9 +10,6 @@
 
 namespace kvevict {
 
-// Names of list elements, "keys[3]", for messages.
-std::vector<std::string> element_names(const std::string& list, size_t count);
-
 // Checks lists of layers; all keys, then all values, as tensors of bytes. What will be written is
 // asked for as such, so that a copy-on-write tensor gets memory of its own.
 enum class Access : bool { kRead, kWrite };
@@ -27,11 +24,28 @@ struct IndexArgs {
   std::optional<Tensor> lens;
 };
 
+// Lists for every layer, sequence and head of a shape, or lists that serve all layers:
+// [num_layers | 1, batch_size, num_kv_heads | 1, k], or without the first dimension.
+IndexArgs check_index_lists(const Check& check, const Tensor& lists, const Argument& argument,
+                            const KvShape& shape, const Tensor& reference,
+                            const Argument& reference_name);
+
+// Numbers in the same arrangement, without k, as lists of one entry.
+IndexArgs check_list_lens(const Check& check, const Tensor& lens, const Argument& argument,
+                          const KvShape& shape, const Tensor& reference,
+                          const Argument& reference_name);
+
 // kv_lens: of each layer, or one for all. On the CPU, where the data can be read for free, every
 // list is checked to ascend within its layer.
 IndexArgs check_kept_indices(const Check& check, const Tensor& kept_indices,
                              const std::optional<Tensor>& kept_lens, const KvShape& shape,
                              const std::vector<int64_t>& kv_lens, const Tensor& reference,
-                             const std::string& reference_name);
+                             const Argument& reference_name);
+
+// Keys and values, which will be written, share memory neither with each other nor with the lists,
+// which are read meanwhile.
+void check_disjoint(const Check& check, const std::vector<Tensor>& keys,
+                    const std::vector<Tensor>& values,
+                    std::initializer_list<std::pair<Argument, std::optional<Tensor>>> lists);
 
 }  // namespace kvevict

@@ -30,7 +30,8 @@ struct KvShape {
 
   // Tensors are listed as all layers' keys, then all layers' values.
   KVEVICT_HD int64_t num_tensors() const { return 2 * num_layers; }
-  KVEVICT_HD int64_t num_streams() const { return num_tensors() * batch_size * num_kv_heads; }
+  KVEVICT_HD int64_t num_lists() const { return num_layers * batch_size * num_kv_heads; }
+  KVEVICT_HD int64_t num_streams() const { return 2 * num_lists(); }
   KVEVICT_HD KvStream stream(int64_t item) const {
     const int64_t head = item % num_kv_heads;
     const int64_t batch = item / num_kv_heads % batch_size;

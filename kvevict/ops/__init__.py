@@ -8,6 +8,7 @@ from kvevict.ops.attention_lse import attention_lse  # noqa: E402
 from kvevict.ops.broadcast_indices import broadcast_indices  # noqa: E402
 from kvevict.ops.compact_kv import compact_kv_  # noqa: E402
 from kvevict.ops.enums import HeadReduction, Statistic  # noqa: E402
+from kvevict.ops.evict_slots import evict_slots_  # noqa: E402
 from kvevict.ops.gather_kv import gather_kv  # noqa: E402
 from kvevict.ops.null import null  # noqa: E402
 from kvevict.ops.score_and_compact import score_and_compact  # noqa: E402
@@ -21,6 +22,7 @@ __all__ = [
     "attention_lse",
     "broadcast_indices",
     "compact_kv_",
+    "evict_slots_",
     "gather_kv",
     "null",
     "score_and_compact",

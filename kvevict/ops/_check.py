@@ -169,6 +169,32 @@ def check_kv_layers(check: Check, keys: Sequence[Tensor], values: Sequence[Tenso
         check.movable(value, f"values[{layer}]")
 
 
+def check_index_lists(
+    check: Check,
+    lists: Tensor,
+    argument: str,
+    shape: tuple[Size, Size, Size],
+    reference: Tensor,
+    name: str,
+) -> None:
+    """Checks index lists for ``(num_layers, batch_size, num_kv_heads)``."""
+    expected = (*_list_dims(shape, all_layers=lists.dim() == 3), ANY)
+    check.companion(lists, argument, torch.int32, expected, reference, name)
+
+
+def check_list_lens(
+    check: Check,
+    lens: Tensor,
+    argument: str,
+    shape: tuple[Size, Size, Size],
+    reference: Tensor,
+    name: str,
+) -> None:
+    """Checks numbers in the arrangement of index lists."""
+    expected = _list_dims(shape, all_layers=lens.dim() == 2)
+    check.companion(lens, argument, torch.int32, expected, reference, name)
+
+
 def check_kept_indices(
     check: Check,
     kept_indices: Tensor,
@@ -177,15 +203,17 @@ def check_kept_indices(
     reference: Tensor,
     name: str = "keys[0]",
 ) -> None:
-    """Checks index lists for ``(num_layers, batch_size, num_kv_heads)``."""
-    num_layers, batch_size, num_kv_heads = shape
-    expected: tuple[Dim, ...] = (batch_size, (num_kv_heads, 1), ANY)
-    if kept_indices.dim() != 3:
-        expected = ((num_layers, 1), *expected)
-    check.companion(kept_indices, "kept_indices", torch.int32, expected, reference, name)
+    """Checks index lists for ``(num_layers, batch_size, num_kv_heads)`` and their lengths."""
+    check_index_lists(check, kept_indices, "kept_indices", shape, reference, name)
     if kept_lens is not None:
         lens_shape = kept_indices.shape[:-1]
         check.companion(kept_lens, "kept_lens", torch.int32, lens_shape, reference, name)
+
+
+def _list_dims(shape: tuple[Size, Size, Size], *, all_layers: bool) -> tuple[Dim, ...]:
+    num_layers, batch_size, num_kv_heads = shape
+    one_for_all: tuple[Dim, ...] = (batch_size, (num_kv_heads, 1))
+    return one_for_all if all_layers else ((num_layers, 1), *one_for_all)
 
 
 def _dim_name(dim: Dim) -> str:

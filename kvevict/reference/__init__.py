@@ -9,6 +9,7 @@ from __future__ import annotations
 from kvevict.reference.attention_lse import attention_lse
 from kvevict.reference.broadcast_indices import broadcast_indices
 from kvevict.reference.compact_kv import compact_kv_
+from kvevict.reference.evict_slots import evict_slots_
 from kvevict.reference.gather_kv import gather_kv
 from kvevict.reference.null import null
 from kvevict.reference.score_and_compact import score_and_compact
@@ -20,6 +21,7 @@ __all__ = [
     "attention_lse",
     "broadcast_indices",
     "compact_kv_",
+    "evict_slots_",
     "gather_kv",
     "null",
     "score_and_compact",

@@ -20,6 +20,7 @@ ATTENTION = r"(row_normalizer|column|max_of_means)_kernel"
 EXPECTED = {
     ATTENTION + "<half": [TENSOR_CORE, LDMATRIX, ASYNC_COPY_16],
     ATTENTION + "<float": ["FFMA", SHARED_LOAD_16, ASYNC_COPY_16],
+    r"evict_slots_kernel<uint4": [LOAD_16, STORE_16],
     r"move_rows_kernel<uint4": [ASYNC_COPY_16, STORE_16],
     r"select_short_kernel": [LOAD_16, SHARED_LOAD_16],
 }

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
 
 from kvevict import reference
 from tests.support.backends import Backend
 from tests.support.checks import assert_same_bytes, clone, outcome, to_cpu
-from tests.support.moving import CASES, LAYOUTS, every_case, make_caches, moving_arguments
+from tests.support.moving import (
+    CASES,
+    LAYOUTS,
+    every_case,
+    make_caches,
+    moving_arguments,
+    storage_bytes,
+)
 from tests.support.samples import Arguments
 
 OP = "compact_kv_"
@@ -58,12 +64,6 @@ def test_equals_gather(backend: Backend) -> None:
     backend.op(OP)(**arguments)
     for caches, expected in zip((arguments["keys"], arguments["values"]), gathered, strict=True):
         assert_same_bytes([cache[:, :, :17] for cache in caches], expected)
-
-
-def storage_bytes(cache: Tensor) -> Tensor:
-    """Return the bytes of the whole buffer that a tensor is a slice of, as a view."""
-    storage = cache.untyped_storage()
-    return torch.empty(0, dtype=torch.uint8, device=cache.device).set_(storage)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -26,7 +26,7 @@ from tests.support.checks import (
 )
 from tests.support.samples import NAMES, SAMPLES, Sizes, make_sample
 
-WRITING = ("compact_kv_", "score_and_compact")
+WRITING = ("compact_kv_", "evict_slots_", "score_and_compact")
 
 every_op = pytest.mark.parametrize("op", OPS)
 every_sample = pytest.mark.parametrize(("op", "sample"), NAMES)
@@ -89,7 +89,7 @@ def test_compile(traceable_backend: Backend, op: str, sample: str) -> None:
     assert_compiles(traceable_backend, op, [small, large], "aot_eager")
 
 
-@pytest.mark.parametrize("op", ["compact_kv_", "score_and_compact"])
+@pytest.mark.parametrize("op", WRITING)
 def test_compile_with_inductor(traceable_backend: Backend, op: str) -> None:
     arguments = make_sample(op, "full", Sizes(traceable_backend.device))
     assert_compiles(traceable_backend, op, [arguments], "inductor")

@@ -15,7 +15,7 @@ from tests.support.checks import assert_same_bytes, clone
 from tests.support.refusals import REFUSALS, Refusal, make_good, overlapping_arguments
 from tests.support.samples import Arguments
 
-WRITING = ("compact_kv_", "score_and_compact")
+WRITING = ("compact_kv_", "evict_slots_", "score_and_compact")
 
 
 def on_device(tree: Arguments) -> Arguments:
@@ -67,7 +67,7 @@ def test_refusal(backend: Backend, row: Refusal) -> None:
 @pytest.mark.parametrize("op", WRITING)
 def test_key_and_value_that_overlap(backend: Backend, op: str, case: int) -> None:
     _, arguments = list(overlapping_arguments(op, backend.device))[case]
-    refused(backend, op, arguments, "values" if op == "compact_kv_" else "value")
+    refused(backend, op, arguments, "values" if "values" in arguments else "value")
 
 
 def test_interleaved_key_and_value_do_not_overlap(backend: Backend) -> None:

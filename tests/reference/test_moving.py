@@ -1,4 +1,4 @@
-"""broadcast_indices, gather_kv and compact_kv_ against nested loops."""
+"""The moving ops against nested loops, evict_slots_ against what its contract says."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import itertools
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from kvevict import reference
@@ -97,7 +99,44 @@ def test_without_kept_lens_every_entry_counts() -> None:
     assert gathered[0].flatten().tolist() == [1, 4, 5]
 
 
+@given(kv_len=st.integers(0, 12), data=st.data())
+def test_evict_slots(kv_len: int, data: st.DataObject) -> None:
+    wanted = st.sets(st.integers(0, max(kv_len - 1, 0)), max_size=kv_len)
+    evicted = sorted(data.draw(wanted)) if kv_len else []
+    key = torch.arange(14).view(1, 1, 14, 1)
+    value = -key
+    slots = torch.tensor([*evicted, -1], dtype=torch.int32).view(1, 1, -1)
+    reference.evict_slots_([key], [value], slots, torch.tensor([[kv_len]], dtype=torch.int32))
+    assert torch.equal(key, -value)
+    rows = key.flatten().tolist()
+    new_len = kv_len - len(evicted)
+    assert sorted(rows[:new_len]) == [row for row in range(kv_len) if row not in evicted]
+    in_place = [slot for slot in range(14) if slot not in evicted or slot >= new_len]
+    assert [rows[slot] for slot in in_place] == in_place
+    moved = [rows[slot] for slot in evicted if slot < new_len]
+    assert moved == sorted(moved)
+
+
+@pytest.mark.parametrize("form", range(8))
+def test_evict_slots_of_every_form(form: int) -> None:
+    slots, _ = lists_of_every_form()[form]
+    for lens_shape in ((BATCH_SIZE, 1), (1, BATCH_SIZE, NUM_KV_HEADS), (NUM_LAYERS, BATCH_SIZE, 1)):
+        keys = [torch.arange(6.0).expand(2, 2, -1).clone()[..., None] for _ in range(NUM_LAYERS)]
+        values = [key.clone() for key in keys]
+        kv_lens = torch.full(lens_shape, KV_LEN, dtype=torch.int32)
+        reference.evict_slots_(keys, values, slots, kv_lens)
+        for layer, b, h in itertools.product(
+            range(NUM_LAYERS), range(BATCH_SIZE), range(NUM_KV_HEADS)
+        ):
+            lens = (slots >= 0).sum(-1)
+            evicted = list_of(slots, lens, layer, b, h)
+            left = [row for row in range(KV_LEN) if row not in evicted]
+            for cache in (keys[layer], values[layer]):
+                assert sorted(cache[b, h, : len(left), 0].tolist()) == left
+
+
 def test_no_layers() -> None:
     kept_indices, kept_lens = make_lists(1, 1)
+    reference.evict_slots_([], [], kept_indices, kept_lens)
     assert reference.gather_kv([], [], kept_indices, kept_lens) == ([], [])
     reference.compact_kv_([], [], kept_indices, kept_lens)

@@ -21,6 +21,7 @@ OPS = (
     "broadcast_indices",
     "gather_kv",
     "compact_kv_",
+    "evict_slots_",
     "score_and_compact",
 )
 

@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from kvevict import reference
 from kvevict.reference.broadcast_indices import expand_lists
+from kvevict.reference.evict_slots import expand_slots
 from tests.support.backends import Backend
 from tests.support.tolerances import assert_scores_close, in_input_precision
 
@@ -86,20 +87,24 @@ def num_threads(count: int) -> Iterator[None]:
 def outcome(function: Callable[..., Any], arguments: Arguments) -> tuple[Any, list[Tensor]]:
     """Call on a copy of the arguments; return the results and the caches that were written.
 
-    What lies behind the kept rows of a compacted cache is unspecified: here it is 0.
+    What lies behind the live rows of a cache is unspecified: here it is 0.
     """
     arguments = clone(arguments)
     result = function(**arguments)
     if "budget" in arguments:
         caches = [arguments["key"], arguments["value"]]
-        kept_indices, kept_lens, _ = result
     elif result is None:
         caches = [*arguments["keys"], *arguments["values"]]
-        kept_indices, kept_lens = arguments["kept_indices"], arguments.get("kept_lens")
     else:
         return result, []
-    num_layers = len(caches) // 2
-    _, lens = expand_lists(kept_indices, kept_lens, num_layers, caches[0].shape[1])
+    sizes = len(caches) // 2, caches[0].shape[1]
+    if "slots" in arguments:
+        slots, lens = expand_slots(arguments["slots"], arguments["kv_lens"], *sizes)
+        lens = lens - (slots >= 0).sum(-1)
+    elif "budget" in arguments:
+        _, lens = expand_lists(*result[:2], *sizes)
+    else:
+        _, lens = expand_lists(arguments["kept_indices"], arguments.get("kept_lens"), *sizes)
     for cache, cache_lens in zip(caches, [*lens, *lens], strict=True):
         index = torch.arange(cache.shape[2], device=cache.device)
         as_integers(cache).masked_fill_((index >= cache_lens[..., None])[..., None], 0)
@@ -109,6 +114,7 @@ def outcome(function: Callable[..., Any], arguments: Arguments) -> tuple[Any, li
 def batch_dim(argument: str, tensor: Tensor) -> int:
     """Return which dimension of an argument is the batch: lists may have the layers before it."""
     behind = {"kept_indices": 3, "kept_lens": 2, "base_indices": 3, "block_tables": 2}
+    behind |= {"slots": 3, "kv_lens": 2}
     return tensor.dim() - behind[argument] if argument in behind else 0
 
 

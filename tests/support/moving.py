@@ -1,4 +1,4 @@
-"""Calls that gather_kv and compact_kv_ are both tested on."""
+"""Calls that the moving ops are tested on."""
 
 from __future__ import annotations
 
@@ -55,6 +55,12 @@ def make_caches(
     return make(head_dim), make(head_dim if value_dim is None else value_dim)
 
 
+def storage_bytes(cache: Tensor) -> Tensor:
+    """Return the bytes of the whole buffer that a tensor is a slice of, as a view."""
+    storage = cache.untyped_storage()
+    return torch.empty(0, dtype=torch.uint8, device=cache.device).set_(storage)
+
+
 def moving_arguments(
     device: str,
     outer: tuple[int, ...] = (2, 2, 3),
@@ -94,6 +100,9 @@ def _cases() -> dict[str, Callable[[str], Arguments]]:
         calls[f"lists_{outer}-without_lens"] = {"outer": outer, "lens": (20,), "with_lens": False}
     for kv_len, k in KV_LENS_AND_K:
         calls[f"kv_len_{kv_len}-k_{k}"] = {"kv_len": kv_len, "k": k, "lens": (k, k // 2)}
+    # Rows of 8 and 24 bytes at distances of 16 and 32.
+    narrow = {"dtype": torch.uint8, "head_dim": 8, "value_dim": 24, "layout": "sliced"}
+    calls["rows_less_aligned_than_strides"] = narrow
     calls["batch_0"] = {"batch_size": 0, "outer": (0, 3)}
 
     def maker(call: dict[str, object]) -> Callable[[str], Arguments]:

@@ -54,6 +54,9 @@ def make_good(op: str, device: str) -> Arguments:
         # All lists alike, so that any one of them can be spoiled in any of its entries.
         arguments["kept_indices"][:] = torch.tensor([0, 4, 5])
         arguments["kept_lens"][:] = 2
+    if "slots" in arguments:
+        arguments["slots"][:] = torch.tensor([1, 3, -1])
+        arguments["kv_lens"][:] = 5
     return arguments
 
 
@@ -208,10 +211,10 @@ def _priorities(op: str) -> Iterator[Refusal]:
     )
 
 
-def _index_lists(op: str) -> Iterator[Refusal]:
+def _list_tensor(op: str, argument: str) -> Iterator[Refusal]:
     yield from _rows(
         op,
-        "kept_indices",
+        argument,
         {
             "rank_2": lambda indices: indices[0, 0],
             "rank_5": lambda indices: indices[None],
@@ -220,6 +223,10 @@ def _index_lists(op: str) -> Iterator[Refusal]:
             "heads": lengthen(2),
         },
     )
+
+
+def _index_lists(op: str) -> Iterator[Refusal]:
+    yield from _list_tensor(op, "kept_indices")
     yield from _tensor(
         op,
         "kept_lens",
@@ -247,7 +254,7 @@ def _index_lists(op: str) -> Iterator[Refusal]:
     )
 
 
-def _moved(op: str) -> Iterator[Refusal]:
+def _caches(op: str) -> Iterator[Refusal]:
     both = {
         "rank": drop(0),
         "complex128": cast(torch.complex128),
@@ -259,6 +266,10 @@ def _moved(op: str) -> Iterator[Refusal]:
     with_kv_len = {**both, "kv_len": shorten(2), "device": elsewhere}
     yield from _rows(op, "values", {case: of_last(change) for case, change in with_kv_len.items()})
     yield from _rows(op, "values", {"shorter_list": lambda values: values[:1]})
+
+
+def _moved(op: str) -> Iterator[Refusal]:
+    yield from _caches(op)
     yield from _index_lists(op)
     yield from _rows(op, "kept_indices", {"device": elsewhere, "batch_size": shorten(1)})
     yield from _rows(
@@ -338,6 +349,45 @@ def _compact_kv() -> Iterator[Refusal]:
     yield from _moved("compact_kv_")
 
 
+def _evict_slots() -> Iterator[Refusal]:
+    op = "evict_slots_"
+    yield from _caches(op)
+    yield from _list_tensor(op, "slots")
+    yield from _rows(op, "slots", {"device": elsewhere, "batch_size": shorten(1)})
+    yield from _rows(
+        op,
+        "kv_lens",
+        {
+            "rank_1": lambda lens: lens[0, 0],
+            "rank_4": lambda lens: lens[None],
+            "int64": cast(torch.int64),
+            "layers": lengthen(0),
+            "batch_size": shorten(1),
+            "heads": lengthen(2),
+            "device": elsewhere,
+        },
+    )
+    yield from _rows(
+        op,
+        "slots",
+        {
+            "not_ascending": put(4, 1, 1, 1, 0),
+            "repeated": put(1, 0, 1, 0, 1),
+            "negative": put(-2, 0, 0, 1, 0),
+            "not_live": put(5, 1, 0, 1, 1),
+            "padded_in_front": put(-1, 1, 1, 0, 0),
+        },
+        reads_data=True,
+    )
+    yield from _rows(
+        op,
+        "kv_lens",
+        {"above_capacity": put(SIZES.kv_len + 1, 1, 1, 1), "negative": put(-1, 0, 0, 0)},
+        reads_data=True,
+    )
+    yield from _rows(op, "kv_lens", {"too_few": put(3, 0, 1, 1)}, blamed="slots", reads_data=True)
+
+
 def _score_and_compact() -> Iterator[Refusal]:
     op = "score_and_compact"
     yield from _query_and_key(op)
@@ -377,6 +427,7 @@ REFUSALS: tuple[Refusal, ...] = tuple(
         _broadcast_indices,
         _gather_kv,
         _compact_kv,
+        _evict_slots,
         _score_and_compact,
     )
     for row in rows()
@@ -385,7 +436,7 @@ REFUSALS: tuple[Refusal, ...] = tuple(
 
 def overlapping_arguments(op: str, device: str) -> Iterator[tuple[str, Arguments]]:
     """Yield bad calls of an op that writes key and value: they share memory."""
-    names = ("keys", "values") if op == "compact_kv_" else ("key", "value")
+    names = ("keys", "values") if "keys" in make_good(op, device) else ("key", "value")
 
     def call(key: Tensor, value: Tensor) -> Arguments:
         arguments = make_good(op, device)

@@ -110,6 +110,17 @@ class Sizes:
         lists = self.lists(self.batch_size, 1)
         return dict(zip(("kept_indices", "kept_lens"), lists, strict=True))
 
+    def evictions(self, *outer: int) -> Tensor:
+        """Return slots [*outer, k] of at most kv_len - 1 live rows."""
+        lens = (1, self.k, self.k // 2, 0)
+        return make_lists((*outer, self.k), self.kv_len - 1, lens, device=self.device)[0]
+
+    def live_lens(self, *outer: int) -> Tensor:
+        """Return kv_lens [*outer] of kv_len or 1 less."""
+        size = torch.Size(outer)
+        full = torch.arange(size.numel(), dtype=torch.int32, device=self.device) % 2
+        return full.view(size) + self.kv_len - 1
+
     def full_lists(self, *outer: int, k: int | None = None) -> Tensor:
         """Return lists [*outer, k] without padding."""
         k = self.k if k is None else k
@@ -216,6 +227,23 @@ SAMPLES: dict[str, dict[str, Maker]] = {
         "full": lambda s: {**s.caches(), **s.lists_of_all_layers()},
         "without_lens": lambda s: {**s.caches(), **s.one_list_per_head()},
         "shared": lambda s: {**s.caches(), **s.one_list_per_sequence()},
+    },
+    "evict_slots_": {
+        "full": lambda s: {
+            **s.caches(),
+            "slots": s.evictions(s.num_layers, s.batch_size, s.num_kv_heads),
+            "kv_lens": s.live_lens(s.num_layers, s.batch_size, s.num_kv_heads),
+        },
+        "shared": lambda s: {
+            **s.caches(),
+            "slots": s.evictions(s.batch_size, 1),
+            "kv_lens": s.live_lens(s.batch_size, 1),
+        },
+        "slots_per_layer": lambda s: {
+            **s.caches(),
+            "slots": s.evictions(s.num_layers, s.batch_size, 1),
+            "kv_lens": s.live_lens(1, s.batch_size, s.num_kv_heads),
+        },
     },
     "score_and_compact": {
         "full": lambda s: {

@@ -19,19 +19,7 @@ void compact_kv_(const std::vector<Tensor>& keys, const std::vector<Tensor>& val
   for (const Tensor& key : keys) kv_lens.push_back(key.size(2));
   const IndexArgs kept =
       check_kept_indices(check, kept_indices, kept_lens, shape, kv_lens, keys[0], "keys[0]");
-  std::vector<Tensor> tensors_used = keys;
-  std::vector<std::string> names = element_names("keys", keys.size());
-  tensors_used.insert(tensors_used.end(), values.begin(), values.end());
-  for (std::string& name : element_names("values", values.size())) names.push_back(name);
-  // The lists are read while rows move.
-  const size_t num_written = tensors_used.size();
-  tensors_used.push_back(kept.indices);
-  names.push_back("kept_indices");
-  if (kept.lens) {
-    tensors_used.push_back(*kept.lens);
-    names.push_back("kept_lens");
-  }
-  check.disjoint(tensors_used, names, num_written);
+  check_disjoint(check, keys, values, {{"kept_indices", kept.indices}, {"kept_lens", kept.lens}});
 
   const CompactKvParams params{shape, tensors.data(), kept.lists};
   run<CompactKv, device>("compact_kv_", params, keys[0]);
