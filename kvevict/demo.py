@@ -1,7 +1,8 @@
 """See it work: `python -m kvevict.demo`.
 
 Answers a question about a photo twice, with the full and with an evicted KV cache, and reports
-what was kept, how much memory and time it took, and how far the outputs agree.
+what was kept, how much memory and time it took, and how far the outputs agree. `--compare` does so
+for several policies at the same budget, side by side.
 
 Without `--model` a small LLaVA with seeded random weights is built on the spot, nothing is
 downloaded; sizes, budgets and timings are real, its words would not be, so it has none.
@@ -22,7 +23,12 @@ import torch
 from torch import Tensor
 
 from kvevict import policies
-from kvevict.plotting import LayerPicture, plot_kept_patches, require_matplotlib
+from kvevict.plotting import (
+    LayerPicture,
+    plot_comparison,
+    plot_kept_patches,
+    require_matplotlib,
+)
 from kvevict.policies import IMAGE, VIDEO, PrefillPolicy
 
 if TYPE_CHECKING:
@@ -45,10 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f'kvevict.demo: {error}\nInstall what it needs: pip install "kvevict[demo]"')
         return 1
     args.out.mkdir(parents=True, exist_ok=True)
-    policy = policies.get(args.policy, keep=args.keep)
-    say = Progress()
     with torch.inference_mode():
-        run_demo(args, policy, say)
+        run_demo(args, Progress())
     return 0
 
 
@@ -61,7 +65,13 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--image", metavar="FILE", type=Path, help="photo to ask about")
     parser.add_argument("--question", default=QUESTION, help="asked where --model has a tokenizer")
-    parser.add_argument("--policy", choices=policies.list(), default="tgv_kv")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument(
+        "--policy", choices=policies.list(), default="tgv_kv", metavar="NAME", help=name_policies()
+    )
+    which.add_argument(
+        "--compare", type=parse_names, metavar="NAME,NAME,…", help="several of them side by side"
+    )
     parser.add_argument(
         "--keep", type=parse_keep, default=0.05, help="ratio (0.05) or tokens per layer (64)"
     )
@@ -73,6 +83,22 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     if args.image is not None and not args.image.is_file():
         parser.error(f"--image: there is no file {args.image}")
     return args
+
+
+def name_policies() -> str:
+    """Return the names of all policies for the help."""
+    return f"one of {', '.join(policies.list())}"
+
+
+def parse_names(text: str) -> list[str]:
+    """Read names of policies."""
+    names = [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in policies.list():
+            raise argparse.ArgumentTypeError(f"{name!r} is not {name_policies()}")
+        if names.count(name) > 1:
+            raise argparse.ArgumentTypeError(f"{name!r} is named twice")
+    return names
 
 
 def parse_keep(text: str) -> float | int:
@@ -146,10 +172,39 @@ class Run:
     peak_bytes: int | None = None
 
 
-def run_demo(args: argparse.Namespace, policy: PrefillPolicy, say: Progress) -> None:
-    """Build, run twice, report."""
-    from kvevict.integrations.transformers import evict
+@dataclass(eq=False)
+class Contestant:
+    """A policy and what came of it.
 
+    Attributes:
+        name: in the registry.
+        policy: what evicts.
+        run: measurements.
+        reports: what was kept, one per answer.
+        own_words: [num_new] tokens of an answer that follows its own choices.
+    """
+
+    name: str
+    policy: PrefillPolicy
+    run: Run = field(default_factory=Run)
+    reports: list[EvictionReport] = field(default_factory=list)
+    own_words: Tensor | None = None
+
+    @property
+    def title(self) -> str:
+        """The name of the method."""
+        return type(self.policy).__name__
+
+    @property
+    def report(self) -> EvictionReport:
+        """What the last answer kept."""
+        return self.reports[-1]
+
+
+def run_demo(args: argparse.Namespace, say: Progress) -> None:
+    """Build, run the full cache and every policy, report."""
+    names = args.compare or [args.policy]
+    contestants = [Contestant(name, policies.get(name, keep=args.keep)) for name in names]
     task = build_task(args, say)
     prompt_len = task.inputs["input_ids"].shape[1]
     say("Warming up")
@@ -157,38 +212,75 @@ def run_demo(args: argparse.Namespace, policy: PrefillPolicy, say: Progress) -> 
 
     say(f"Answering in turn with the full and the evicted cache, {NUM_ROUNDS} rounds")
     say.note(f"{prompt_len} prompt tokens, then {args.new_tokens} new ones")
-    say.note(f"{policy}")
-    full, evicted = Run(), Run()
-    for _ in range(NUM_ROUNDS):
-        measure(task, args.new_tokens, full, say)
-        say.note(f"full    : {speed_of(full)}")
-        with evict(task.model, policy) as eviction:
-            measure(task, args.new_tokens, evicted, say, follow=full.tokens)
-        say.note(f"evicted : {speed_of(evicted)}")
-    own_words = None
-    if task.decode is not None:
-        with evict(task.model, policy):
-            own_words = answer(task, args.new_tokens, Run(), say).tokens
-    report = eviction.reports[0]
+    full = measure_in_turn(task, args.new_tokens, contestants, say)
 
     say("Results")
-    print_kept(report)
-    print_comparison(task, report, full, evicted)
-    if task.decode is not None and own_words is not None:
-        print(f"\nfull cache    : {task.decode(full.tokens)!r}")
-        print(f"evicted cache : {task.decode(own_words)!r}")
+    if len(contestants) == 1:
+        print_kept(contestants[0].report)
+    print_comparison(task, full, contestants)
+    if task.decode is not None:
+        print_words(task.decode, full, contestants)
     if task.grid is None:
         print("\nNo picture: the image tokens of this model are no plain grid.")
         return
-    path = plot_kept_patches(
+    print(f"\nPicture: {draw(args, task, task.grid, contestants).resolve()}")
+
+
+def measure_in_turn(
+    task: Task, num_new: int, contestants: Sequence[Contestant], say: Progress
+) -> Run:
+    """Answer with the full cache and with every policy, in turn; return the full cache's run."""
+    from kvevict.integrations.transformers import evict
+
+    full = Run()
+    width = max(len("full"), *(len(c.title) for c in contestants))
+    for one in contestants:
+        say.note(f"{one.policy}")
+    for _ in range(NUM_ROUNDS):
+        measure(task, num_new, full, say)
+        say.note(f"{'full'.ljust(width)} : {speed_of(full)}")
+        for one in contestants:
+            with evict(task.model, one.policy) as eviction:
+                measure(task, num_new, one.run, say, follow=full.tokens)
+            one.reports += eviction.reports
+            say.note(f"{one.title.ljust(width)} : {speed_of(one.run)}")
+    for one in contestants:
+        if task.decode is not None:
+            with evict(task.model, one.policy):
+                one.own_words = answer(task, num_new, Run(), say).tokens
+    return full
+
+
+def draw(
+    args: argparse.Namespace,
+    task: Task,
+    grid: tuple[int, int],
+    contestants: Sequence[Contestant],
+) -> Path:
+    """Write the picture of one policy, or of several side by side; return its path."""
+    pictures = [
+        [picture_of(layer, one.report, grid) for layer in one.report.kept] for one in contestants
+    ]
+    prompt_len = task.inputs["input_ids"].shape[1]
+    if len(contestants) == 1:
+        (one,) = contestants
+        return plot_kept_patches(
+            task.photo,
+            pictures[0],
+            args.out / f"kept_{one.name}.png",
+            prompt_len=prompt_len,
+            title=title_of(one),
+            subtitle=subtitle_of(args, one.report),
+        )
+    return plot_comparison(
         task.photo,
-        [picture_of(layer, report, task.grid) for layer in report.kept],
-        args.out / f"kept_{args.policy}.png",
+        {one.title: layers for one, layers in zip(contestants, pictures, strict=True)},
+        args.out / "compared.png",
         prompt_len=prompt_len,
-        title=title_of(policy, report),
-        subtitle=subtitle_of(args, task, report),
+        title="What is kept of the photo",
+        subtitle=f"{model_of(args)}, keep = {args.keep}. Brightness: the share of layers and KV "
+        "heads that keep a patch.",
     )
-    print(f"\nPicture: {path.resolve()}")
 
 
 # The model and its prompt
@@ -476,11 +568,22 @@ def is_vision(modality: Tensor) -> Tensor:
     return torch.isin(modality, modality.new_tensor([IMAGE, VIDEO]))
 
 
-def print_kept(report: EvictionReport) -> None:
-    """Print tokens kept per layer and modality."""
+def count_prompt(report: EvictionReport) -> tuple[int, int]:
+    """Return image and other tokens of the prompt."""
     modality = report.modality[0]
     num_vision = int(is_vision(modality).sum())
-    num_text = int((modality >= 0).sum()) - num_vision
+    return num_vision, int((modality >= 0).sum()) - num_vision
+
+
+def mean_counts(report: EvictionReport) -> tuple[float, float]:
+    """Return image and other tokens kept, the mean over layers and their lists."""
+    counts = [count_kept(layer, report) for layer in report.kept]
+    return statistics.mean(n for n, _ in counts), statistics.mean(n for _, n in counts)
+
+
+def print_kept(report: EvictionReport) -> None:
+    """Print tokens kept per layer and modality."""
+    num_vision, num_text = count_prompt(report)
     rows = []
     for layer in report.kept:
         image, text = count_kept(layer, report)
@@ -496,54 +599,52 @@ def max_share(report: EvictionReport) -> float:
     return max(float(layer.kept_lens[0].float().mean()) / total for layer in report.kept)
 
 
-def print_comparison(task: Task, report: EvictionReport, full: Run, evicted: Run) -> None:
-    """Print memory, speed and agreement, full cache next to evicted cache."""
+def print_comparison(task: Task, full: Run, contestants: Sequence[Contestant]) -> None:
+    """Print memory, speed and agreement, full cache next to evicted caches."""
     prompt_len = task.inputs["input_ids"].shape[1]
+    runs = [full, *(one.run for one in contestants)]
+    reports = [one.report for one in contestants]
+    before = reports[0].bytes_before
 
-    def ratio(a: float, b: float) -> str:
-        return f"{b / a:.2f}x" if a else ""
+    def ratio(values: Sequence[float | None]) -> list[str]:
+        """Return the last column, where there is one policy."""
+        if len(contestants) > 1:
+            return []
+        first, last = values[0], values[-1]
+        return [f"{last / first:.2f}x" if first and last is not None else ""]
 
+    def sizes(name: str, values: Sequence[int | None]) -> list[str]:
+        cells = ["?" if value is None else mib(value) for value in values]
+        return [name, *cells, *ratio(values)]
+
+    def speeds(name: str, values: Sequence[float], digits: int) -> list[str]:
+        return [name, *(f"{value:.{digits}f}" for value in values), *ratio(values)]
+
+    counts = [mean_counts(report) for report in reports]
+    num_vision, num_text = count_prompt(reports[0])
     rows = [
-        [
-            "KV cache after the prompt",
-            mib(full.kv_bytes),
-            mib(evicted.kv_bytes),
-            ratio(full.kv_bytes, evicted.kv_bytes),
-        ],
-        [
-            "KV cache, peak of the prompt",
-            mib(report.bytes_before),
-            mib(report.bytes_peak),
-            ratio(report.bytes_before, report.bytes_peak),
-        ],
+        ["image tokens per layer", f"{num_vision}", *(f"{image:.1f}" for image, _ in counts)],
+        ["text tokens per layer", f"{num_text}", *(f"{text:.1f}" for _, text in counts)],
+        sizes("KV cache after the prompt", [run.kv_bytes for run in runs]),
+        sizes("KV cache, peak of the prompt", [before, *(r.bytes_peak for r in reports)]),
     ]
-    if full.peak_bytes is not None and evicted.peak_bytes is not None:
-        rows.append(
-            [
-                "peak memory of the process"
-                if task.model.device.type == "cpu"
-                else "peak GPU memory",
-                mib(full.peak_bytes),
-                mib(evicted.peak_bytes),
-                ratio(full.peak_bytes, evicted.peak_bytes),
-            ]
-        )
-    speeds = [prompt_len / min(run.prefill_s) for run in (full, evicted)]
-    rows.append(["prefill, tokens/s", *(f"{s:.0f}" for s in speeds), ratio(*speeds)])
-    speeds = [1 / min(run.decode_s) for run in (full, evicted)]
-    rows.append(["decode, tokens/s", *(f"{s:.1f}" for s in speeds), ratio(*speeds)])
-    same = torch.eq(full.tokens, evicted.tokens).float().mean()
-    cosine = torch.cosine_similarity(full.logits, evicted.logits, dim=-1)
-    rows.append(["next-token agreement", "", f"{float(same):.0%}", f"of {len(full.tokens)}"])
-    rows.append(
-        [
-            "logit cosine, mean (worst)",
-            "",
-            f"{float(cosine.mean()):.3f}",
-            f"({float(cosine.min()):.3f})",
-        ]
-    )
-    print_table(["", "full", "evicted", ""], rows)
+    if full.peak_bytes is not None:
+        on_cpu = task.model.device.type == "cpu"
+        name = "peak memory of the process" if on_cpu else "peak GPU memory"
+        rows.append(sizes(name, [run.peak_bytes for run in runs]))
+    rows.append(speeds("prefill, tokens/s", [prompt_len / min(r.prefill_s) for r in runs], 0))
+    rows.append(speeds("decode, tokens/s", [1 / min(r.decode_s) for r in runs], 1))
+    agreement, cosine, worst = [], [], []
+    for run in runs[1:]:
+        agreement.append(f"{float(full.tokens.eq(run.tokens).float().mean()):.0%}")
+        cosines = torch.cosine_similarity(full.logits, run.logits, dim=-1)
+        cosine.append(f"{float(cosines.mean()):.3f}")
+        worst.append(f"{float(cosines.min()):.3f}")
+    rows.append([f"next-token agreement, of {len(full.tokens)}", "", *agreement])
+    rows.append(["logit cosine, mean", "", *cosine])
+    rows.append(["logit cosine, worst", "", *worst])
+    head = ["", "full", *(one.title for one in contestants), *ratio([None, None])]
+    print_table(head, [row + [""] * (len(head) - len(row)) for row in rows])
     print(f"Speeds are the better of {NUM_ROUNDS} rounds; other processes change them.")
     print("Agreement: the evicted cache is fed the tokens that the full cache chose.")
     if task.decode is None:
@@ -551,12 +652,24 @@ def print_comparison(task: Task, report: EvictionReport, full: Run, evicted: Run
         print("and in a model this small the weights, not the cache, set the decoding speed.")
 
 
+def print_words(
+    decode: Callable[[Tensor], str], full: Run, contestants: Sequence[Contestant]
+) -> None:
+    """Print what each cache answers."""
+    words = {"full cache": full.tokens}
+    words |= {one.title: one.own_words for one in contestants if one.own_words is not None}
+    width = max(map(len, words))
+    print()
+    for name, tokens in words.items():
+        print(f"{name.ljust(width)} : {decode(tokens)!r}")
+
+
 def print_table(head: list[str], rows: list[list[str]]) -> None:
-    """Print columns, the first and the last to the left, numbers to the right."""
+    """Print columns, the first and an unnamed last to the left, numbers to the right."""
     widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
 
     def line(cells: list[str]) -> str:
-        last = len(cells) - 1
+        last = len(cells) - 1 if not head[-1] else 0
         parts = [
             cell.ljust(width) if i in (0, last) else cell.rjust(width)
             for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
@@ -587,21 +700,25 @@ def picture_of(layer: KeptLayer, report: EvictionReport, grid: tuple[int, int]) 
     return LayerPicture(layer.layer_idx, patches, num_image, num_text)
 
 
-def title_of(policy: PrefillPolicy, report: EvictionReport) -> str:
+def model_of(args: argparse.Namespace) -> str:
+    """Return what to call the model."""
+    return str(args.model or "small LLaVA with random weights")
+
+
+def title_of(one: Contestant) -> str:
     """Return the headline of the picture."""
-    share = report.bytes_after / report.bytes_before
-    return f"{type(policy).__name__} keeps {share:.1%} of the KV cache"
+    share = one.report.bytes_after / one.report.bytes_before
+    return f"{one.title} keeps {share:.1%} of the KV cache"
 
 
-def subtitle_of(args: argparse.Namespace, task: Task, report: EvictionReport) -> str:
+def subtitle_of(args: argparse.Namespace, report: EvictionReport) -> str:
     """Return the line below it."""
-    model = args.model or "small LLaVA with random weights"
     brightness = "Evicted patches are dark."
     if report.kept[0].kept_indices.shape[1] > 1:
         brightness = "Brightness: the share of KV heads that keep a patch."
     return (
-        f"{model}, keep = {args.keep}; {mib(report.bytes_before)} of keys and values become "
-        f"{mib(report.bytes_after)}. {brightness}"
+        f"{model_of(args)}, keep = {args.keep}; {mib(report.bytes_before)} of keys and values "
+        f"become {mib(report.bytes_after)}. {brightness}"
     )
 
 

@@ -5,7 +5,8 @@ Needs matplotlib, which `pip install "kvevict[demo]"` brings.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,86 @@ def plot_kept_patches(
     return Path(path)
 
 
+def plot_comparison(
+    image: Tensor,
+    methods: Mapping[str, Sequence[LayerPicture]],
+    path: Path | str,
+    *,
+    prompt_len: int,
+    title: str,
+    subtitle: str = "",
+    num_columns: int = 5,
+) -> Path:
+    """Draw what several methods kept, and their budgets on one scale, as a PNG.
+
+    Args:
+        image: [height, width, 3] float in [0, 1], as the model saw it.
+        methods: the layers of every method, by its name.
+        path: the file to write.
+        prompt_len: tokens of the prompt, for the percentages.
+        title: headline.
+        subtitle: a line below it.
+        num_columns: at most this many methods in a row, the photo among them.
+
+    Returns:
+        The path.
+
+    Raises:
+        ImportError: if matplotlib is missing.
+    """
+    plt = _import_pyplot()
+    num_cells = len(methods) + 1
+    num_rows = math.ceil(num_cells / num_columns)
+    columns = math.ceil(num_cells / num_rows)
+    # Inches: every row has photos and, below them, charts.
+    photo, chart, gap, head = 2.6, 1.25, 0.62, 1.05
+    width, height = columns * (photo + 0.25) + 0.5, head + num_rows * (photo + chart + gap)
+    highest = max(max(_totals(layers)) for layers in methods.values())
+    with plt.rc_context({"font.family": "DejaVu Sans", "text.color": INK, "axes.edgecolor": FAINT}):
+        figure = plt.figure(figsize=(width, height), facecolor="white")
+        figure.text(
+            0.36 / width, 1 - 0.38 / height, title, fontsize=19, fontweight="bold", va="center"
+        )
+        figure.text(
+            0.36 / width, 1 - 0.76 / height, subtitle, fontsize=10.5, color=MUTED, va="center"
+        )
+
+        def place(cell: int, below: float, tall: float) -> Any:
+            """Add axes to a cell, `below` inches under its top."""
+            row, column = divmod(cell, columns)
+            left = 0.36 + column * (photo + 0.25)
+            top = head + row * (photo + chart + gap) + below
+            return figure.add_axes(
+                (left / width, 1 - (top + tall) / height, photo / width, tall / height)
+            )
+
+        num_patches = next(iter(methods.values()))[0].patches.numel()
+        _draw_photo(place(0, 0.25, photo), image.numpy(), "the photo", f"{num_patches} tokens")
+        for cell, (name, layers) in enumerate(methods.items(), start=1):
+            votes = torch.stack([layer.patches for layer in layers]).mean(0)
+            share = sum(_totals(layers)) / len(layers) / prompt_len
+            pixels = _darken(image, votes / votes.max().clamp(min=1e-6)).numpy()
+            axes = place(cell, 0.25, photo)
+            _draw_photo(axes, pixels, name, f"{share:.1%} kept")
+            _outline(axes, image, votes, linewidth=0.4)
+            axes = place(cell, 0.25 + photo + 0.08, chart - 0.32)
+            _draw_bars(axes, layers)
+            axes.set_ylim(0, highest * 1.05)
+            axes.tick_params(labelsize=7.5)
+            if cell == 1:
+                axes.legend(
+                    frameon=False,
+                    fontsize=9,
+                    loc="center",
+                    bbox_to_anchor=(-0.62, 0.5),
+                    title="tokens per layer",
+                    title_fontsize=9,
+                )
+        figure.savefig(path, dpi=150, facecolor="white")
+        plt.close(figure)
+    return Path(path)
+
+
 def require_matplotlib() -> None:
     """Raise `ImportError`, with what to install, if pictures cannot be drawn."""
     _import_pyplot()
@@ -148,7 +229,7 @@ def _draw_photo(axes: Any, pixels: Any, name: str, caption: str) -> None:
     axes.set_title(caption, fontsize=9.5, color=MUTED, loc="right", pad=6)
 
 
-def _outline(axes: Any, image: Tensor, patches: Tensor) -> None:
+def _outline(axes: Any, image: Tensor, patches: Tensor, *, linewidth: float = 0.9) -> None:
     """Frame every kept patch."""
     from matplotlib.collections import PatchCollection
     from matplotlib.patches import Rectangle
@@ -158,18 +239,35 @@ def _outline(axes: Any, image: Tensor, patches: Tensor) -> None:
         Rectangle((column * width - 0.5, row * height - 0.5), width, height)
         for row, column in (patches > 0).nonzero().tolist()
     ]
-    axes.add_collection(PatchCollection(frames, facecolor="none", edgecolor=ACCENT, linewidth=0.9))
+    axes.add_collection(
+        PatchCollection(frames, facecolor="none", edgecolor=ACCENT, linewidth=linewidth)
+    )
 
 
-def _draw_budgets(axes: Any, layers: Sequence[LayerPicture], prompt_len: int) -> None:
+def _totals(layers: Sequence[LayerPicture]) -> list[float]:
+    return [layer.num_text + layer.num_image for layer in layers]
+
+
+def _draw_bars(axes: Any, layers: Sequence[LayerPicture]) -> None:
     """Stack text and image tokens per layer."""
     position = range(len(layers))
     text = [layer.num_text for layer in layers]
     vision = [layer.num_image for layer in layers]
-    totals = [a + b for a, b in zip(text, vision, strict=True)]
-    mean = sum(totals) / len(totals)
     axes.bar(position, text, width=0.72, color=TEXT_COLOR, label="text")
     axes.bar(position, vision, width=0.72, bottom=text, color=ACCENT, label="image")
+    axes.set_xticks(list(position), [str(layer.layer_idx) for layer in layers])
+    axes.tick_params(length=0, labelcolor=MUTED, labelsize=9)
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    axes.grid(axis="y", color=FAINT, linewidth=0.8)
+    axes.set_axisbelow(True)
+
+
+def _draw_budgets(axes: Any, layers: Sequence[LayerPicture], prompt_len: int) -> None:
+    """Draw the bars with their numbers and the mean."""
+    totals = _totals(layers)
+    mean = sum(totals) / len(totals)
+    _draw_bars(axes, layers)
     axes.axhline(mean, color=INK, linewidth=1, linestyle=(0, (4, 3)), zorder=0)
     axes.annotate(
         f"mean {mean:.1f}\n{mean / prompt_len:.1%} of {prompt_len}",
@@ -179,7 +277,7 @@ def _draw_budgets(axes: Any, layers: Sequence[LayerPicture], prompt_len: int) ->
         fontsize=9,
         color=INK,
     )
-    for x, total in zip(position, totals, strict=True):
+    for x, total in enumerate(totals):
         axes.annotate(
             f"{total:.0f}",
             (x, total),
@@ -189,17 +287,11 @@ def _draw_budgets(axes: Any, layers: Sequence[LayerPicture], prompt_len: int) ->
             fontsize=9,
             color=MUTED,
         )
-    axes.set_xticks(list(position), [str(layer.layer_idx) for layer in layers], fontsize=9)
     axes.set_xlim(-0.6, len(layers) + 0.1 * len(layers))
     axes.set_ylim(0, max([*totals, 1]) * 1.22)
-    axes.tick_params(length=0, labelcolor=MUTED, labelsize=9)
     axes.set_xlabel("layer", fontsize=9.5, color=MUTED)
     axes.set_title("tokens kept per layer", fontsize=12, fontweight="bold", loc="left", pad=6)
     axes.legend(frameon=False, fontsize=9.5, loc="upper right", ncols=2, bbox_to_anchor=(1.0, 1.17))
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
-    axes.grid(axis="y", color=FAINT, linewidth=0.8)
-    axes.set_axisbelow(True)
 
 
 def _draw_votes(axes: Any, image: Tensor, layers: Sequence[LayerPicture]) -> None:

@@ -13,7 +13,7 @@ from kvevict import ops
 from kvevict.policies._shares import floor_share
 from kvevict.policies.base import LayerScores, select_ranked
 from kvevict.policies.snapkv import SnapKV
-from kvevict.priority import ORDINARY, PREFERRED
+from kvevict.priority import PREFERRED
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class AdaKV(SnapKV):
         classes = priority[:, None].expand_as(scores)
         if self.floor_rule == "kvpress":
             safe = _best_of_each(scores, priority, floor_share(tokens, self.floor))
-            classes = classes.where(~safe | (classes != ORDINARY), PREFERRED)
+            classes = classes.where(~safe, PREFERRED)
         winners = _count_winners(scores, classes, tokens)
         if self.floor_rule == "kvpress":
             return winners

@@ -107,6 +107,16 @@ class Prompt:
         text = self.valid & (self.modality == TEXT) & is_query
         return text & (vision_from_here == 0) & self.is_vision.any(1, keepdim=True)
 
+    @cached_property
+    def lacks_trailing_text(self) -> Tensor:
+        """[batch_size] bool: vision, but no text row after it."""
+        return self.is_vision.any(1) & ~self.trailing_text.any(1)
+
+    @cached_property
+    def some_lack_trailing_text(self) -> bool:
+        """Whether there is such a sequence (reading it synchronizes with the device, once)."""
+        return bool(self.lacks_trailing_text.any())
+
     def last_rows(self, count: int) -> Tensor:
         """Return the rows of the last `count` real keys, as `rows_of` does."""
         return self.rows_of(self.valid & (self.rank_from_end < count))

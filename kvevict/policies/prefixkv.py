@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from kvevict.ops.enums import HeadReduction
-from kvevict.policies._shares import keep_whole
 from kvevict.policies.base import LayerScores, Policy, Prompt
 
 
@@ -58,7 +57,7 @@ class PrefixKV(Policy):
         sequence = torch.arange(len(values), device=values.device)
         share = values[sequence, num_free.clamp(max=values.shape[1] - 1)][:, None]
         sizes = [(curve < share).sum(1) + n for curve, n in zip(curves, forced, strict=True)]
-        return keep_whole(self, layers, torch.stack(sizes))
+        return torch.stack(sizes)
 
 
 def _curve(layer: LayerScores, forced: Tensor) -> Tensor:

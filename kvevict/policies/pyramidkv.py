@@ -9,7 +9,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from kvevict.policies._shares import keep_whole
 from kvevict.policies.base import LayerScores
 from kvevict.policies.snapkv import SnapKV
 
@@ -61,4 +60,4 @@ class PyramidKV(SnapKV):
             depth = depth + 0.5
         pyramid = (high - depth[:, None] * (high - low)).round() + apart
         fits = (high >= low) & (low + apart >= forced)
-        return keep_whole(self, layers, pyramid.where(fits, tokens).long())
+        return pyramid.where(fits, tokens).long()

@@ -103,9 +103,9 @@ class TGVKV(Policy):
             key_mask=prompt.key_mask,
             sm_scale=sm_scale,
         )
-        fallback = _lacks_trailing_text(prompt)
+        fallback = prompt.lacks_trailing_text
         text_scores = column_sums
-        if self.text_score == "released" or bool(fallback.any()):
+        if self.text_score == "released" or prompt.some_lack_trailing_text:
             sums_of_all_rows = ops.score_keys(
                 query,
                 key,
@@ -214,11 +214,6 @@ class TGVKV(Policy):
                 return None
         candidates = evictable(slots, self.num_sink, 0) & ~_newest(slots, suffix)
         return lowest(slots.scores, candidates.byte(), count, 1)
-
-
-def _lacks_trailing_text(prompt: Prompt) -> Tensor:
-    """Return the sequences with vision but without text rows after it [batch_size] bool."""
-    return prompt.is_vision.any(1) & ~prompt.trailing_text.any(1)
 
 
 def _text_from(prompt: Prompt) -> Tensor:

@@ -56,6 +56,7 @@ FIELDS: dict[str, list[dict[str, Any]]] = {
     ],
     "h2o": [
         {"keep": 0.4},
+        {"keep": 5},
         {"keep": 10, "num_sink": 0, "recent_share": 0.0, "normalize": True},
     ],
     "hae": [

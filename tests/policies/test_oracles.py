@@ -9,7 +9,9 @@ from kvevict import policies
 from tests.policies.cases import (
     CASES,
     FIELDS,
+    NUM_KV_HEADS,
     PROMPTS,
+    kept_lists,
     kept_of,
     make_layers,
     make_prompt,
@@ -29,20 +31,31 @@ def test_a_policy_equals_its_oracle(case: str, prompt_name: str) -> None:
     rows = PROMPTS[prompt_name]
     prompt = make_prompt(*rows)
     layers = make_layers(prompt)
-    keys, values, selections = policies.evict_prompt(policy, prompt=prompt, **layers)
+    _, _, selections = policies.evict_prompt(policy, prompt=prompt, **layers)
     for b, row in enumerate(rows):
         alone = one_sequence(layers, b, row)
         sequence = Sequence(row.replace(".", ""), *([t[0] for t in ts] for ts in alone.values()))
         expected = keep_by_oracle(name, policy, sequence)
-        actual = kept_of(selections, b, row, len(keys))
+        actual = kept_of(selections, b, row, len(expected))
         for layer, (ours, theirs) in enumerate(zip(actual, expected, strict=True)):
-            theirs = theirs * (len(ours) // len(theirs))
-            assert ours == theirs, f"layer {layer} of sequence {b}"
-            for head in range(keys[layer].shape[1]):
-                kept = theirs[head % len(theirs)]
-                for new, old in ((keys, alone["keys"]), (values, alone["values"])):
-                    if selections is not None:
-                        assert torch.equal(
-                            new[layer][b, head, : len(kept)], old[layer][0, head, kept]
-                        )
-                        assert (new[layer][b, head, len(kept) :] == 0).all()
+            assert ours == theirs * (len(ours) // len(theirs)), f"layer {layer} of sequence {b}"
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_is_kept_is_what_is_moved(case: str) -> None:
+    _, policy = CASES[case]
+    prompt = make_prompt(*PROMPTS["left_padded"])
+    layers = make_layers(prompt)
+    keys, values, selections = policies.evict_prompt(policy, prompt=prompt, **layers)
+    assert selections is not None
+    for layer, selection in enumerate(selections):
+        lists = kept_lists(selection)
+        lens = [len(kept) for rows in lists for kept in rows]
+        assert selection.kept_indices.shape[2] == max(lens)
+        assert selection.ragged == (min(lens) < max(lens))
+        assert selection.keeps_all == (min(lens) == prompt.kv_len)
+        for b, rows in enumerate(lists):
+            for head, kept in enumerate(rows * (NUM_KV_HEADS // len(rows))):
+                for new, old in ((keys, layers["keys"]), (values, layers["values"])):
+                    assert torch.equal(new[layer][b, head, : len(kept)], old[layer][b, head, kept])
+                    assert (new[layer][b, head, len(kept) :] == 0).all() or selection.keeps_all

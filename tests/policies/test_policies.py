@@ -1,4 +1,4 @@
-"""Policies on tensors: worked examples, budget formulas, forced sets, the oracle composition."""
+"""TGV-KV and SnapKV on tensors: budget formulas, order, forced sets; fields that are refused."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import kvevict
 from kvevict import policies, reference
 from kvevict.ops.enums import HeadReduction
-from kvevict.policies import TGVKV, LayerScores, SnapKV
+from kvevict.policies import TGVKV, LayerScores, SnapKV, get
 from kvevict.policies.snapkv import pool_scores
 from tests.policies.cases import PROMPTS, kept_lists, make_layers, make_prompt, observe_all
 
@@ -208,6 +208,26 @@ def test_a_forced_sink_survives_a_window_that_ignores_it() -> None:
         (lambda: SnapKV(keep=0.1, window=0), "window must be an int of at least 1, got 0"),
         (lambda: SnapKV(keep=0.1, pool_kernel=4), "pool_kernel must be odd, got 4"),
         (lambda: TGVKV(keep=0.1, text_score="x"), "text_score must be 'paper' or 'released'"),  # type: ignore[arg-type]
+        (lambda: TGVKV(keep=0.1, num_recent=-1), "num_recent must be an int of at least 0"),
+        (lambda: TGVKV(keep=None), "keep must be a positive ratio"),
+        (lambda: get("adakv", keep=0.1, floor=1.5), r"AdaKV: floor must be in \[0, 1\], got 1.5"),
+        (lambda: get("adakv", keep=0.1, floor_rule="x"), "must be 'kvpress' or 'original'"),
+        (lambda: get("chunkkv", keep=0.1, chunk_len=0), "chunk_len must be an int of at least 1"),
+        (lambda: get("chunkkv", keep=0.1, num_reuse=0), "num_reuse must be an int of at least 1"),
+        (lambda: get("corm", keep=0), "CORM: keep must be a positive ratio"),
+        (lambda: get("corm", window=0), "window must be an int of at least 1"),
+        (lambda: get("corm", num_recent=-1), "num_recent must be an int of at least 0"),
+        (lambda: get("dbudgetkv", num_full=-1), "num_full must be an int of at least 0"),
+        (lambda: get("dbudgetkv", num_recent=-1), "num_recent must be an int of at least 0"),
+        (lambda: get("dbudgetkv", tolerance=2), r"tolerance must be in \[0, 1\]"),
+        (lambda: get("flashcache", keep=0.1, cutoff=-0.1), r"cutoff must be in \[0, 1\]"),
+        (lambda: get("h2o", keep=0.1, recent_share=True), "recent_share must be in"),
+        (lambda: get("prefixkv", keep=0.1, num_recent=0.5), "num_recent must be an int"),
+        (lambda: get("pyramidkv", keep=0.1, beta=0), "beta must be an int of at least 1"),
+        (lambda: get("pyramidkv", keep=0.1, accounting="x"), "'original' or 'kvpress'"),
+        (lambda: get("random", keep=0.1, seed=-1), "seed must be an int of at least 0"),
+        (lambda: get("vl_cache", keep=0.1, threshold=1.1), "threshold must be in"),
+        (lambda: get("vl_cache", keep=0.1, recent_share=-1), "recent_share must be in"),
     ],
 )
 def test_refused_fields(make: Any, message: str) -> None:
