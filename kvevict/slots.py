@@ -13,12 +13,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from kvevict import ops
 from kvevict.policies.base import Selection, compact_layers
+
+if TYPE_CHECKING:
+    from kvevict.policies.decode import Victims
 
 COLUMN, POSITION, MODALITY = 0, 1, 2
 """What a slot's tag says: the column of the (padded) conversation, -1 = the slot is empty; how many
@@ -47,7 +51,7 @@ class Slots:
         grown: keys per list that were appended minus those that were evicted since the last
             eviction of a prompt: int where that is the same for all lists, else [batch_size,
             num_lists] int64. The host decides by it without asking the device.
-        pending: slots appended since the last call of `evict`.
+        pending: slots appended since keys were last evicted.
         memory: what a decode policy remembers of this layer; tensors start with batch_size.
     """
 
@@ -265,40 +269,19 @@ class Slots:
 
     # Removing
 
-    def evict(self, slots: Tensor, evicted_lens: Tensor | None = None) -> None:
-        """Drop the keys of some slots; the newest keys move into the holes.
-
-        O(number of dropped keys). Slots lose their order.
-
-        Args:
-            slots: [batch_size, num_lists, num_evicted] int32, ascending, -1 beyond evicted_lens.
-            evicted_lens: [batch_size, num_lists] int32, None = every entry counts: the slots at the
-                end are then free again, else they stay in use as holes.
-        """
-        slots = slots[..., : self.stored]
-        most = slots.shape[-1]
+    def _forget(self, most: int, evicted_lens: Tensor | None) -> None:
+        """Take the last slots, whose keys have moved into the holes, out of use."""
         if evicted_lens is None:
-            count: int | Tensor = most
+            self.stored -= most
+            self._num_tagged = self.stored
+            self.grown = self.grown - most
         else:
             count = evicted_lens.long()
-        source, target = _moves(slots.long(), count, self.stored)
-
-        def moved(block: Tensor) -> Tensor:
-            index = (source, target)
-            at, to = (i.expand(-1, block.shape[1], -1)[..., None] for i in index)
-            shape = (-1, -1, -1, block.shape[3])
-            return block.scatter_(2, to.expand(shape), block.gather(2, at.expand(shape)))
-
-        self._each(moved)
-        if isinstance(count, int):
-            self.stored -= count
-            self._num_tagged = self.stored
-        else:
-            tail = torch.arange(self.stored - most, self.stored, device=slots.device)
+            tail = torch.arange(self.stored - most, self.stored, device=count.device)
             freed = tail >= self.stored - count[..., None]
             self.columns[..., self.stored - most :].masked_fill_(freed, -1)
             self.has_empty = self._has_holes = True
-        self.grown = self.grown - count
+            self.grown = self.grown - count
         self.num_kept = self.stored
         self.is_ordered = False
         self.pending = 0
@@ -368,27 +351,33 @@ class Slots:
         return new
 
 
-def _moves(slots: Tensor, count: int | Tensor, stored: int) -> tuple[Tensor, Tensor]:
-    """Pair every hole with a survivor of the tail.
+def evict_layers(layers: Sequence[Slots], victims: Sequence[Victims | None]) -> None:
+    """Drop keys of several layers; the newest keys move into the holes.
 
-    A list that drops c keys gets c slots shorter: the i-th dropped slot before the last c slots is
-    filled by the i-th of these that is not dropped itself.
+    O(number of dropped keys). Slots lose their order. Layers that are equally long and drop equally
+    many keys share two launches: one moves keys and values, one what is known about them.
 
-    Returns:
-        Slots to read and slots to write [batch_size, num_lists, num_evicted]; an entry without a
-        move reads and writes the last slot, which is never a hole.
+    Args:
+        layers: one block per layer.
+        victims: per layer, None = nothing. Where `evicted_lens` is None the slots at the end are
+            free again, else they stay in use as holes.
     """
-    most = slots.shape[-1]
-    place = torch.arange(most, device=slots.device)
-    begin = stored - (count if isinstance(count, int) else count[..., None])
-    in_tail = (place + stored - most >= begin).expand_as(slots)
-    dropped = torch.zeros(*slots.shape[:2], most + 1, dtype=torch.bool, device=slots.device)
-    dropped.scatter_(-1, (slots - (stored - most)).where(slots >= stored - most, most), True)
-    survives = in_tail & ~dropped[..., :most]
-    survivor = place.where(survives, most).sort(-1).values
-    is_move = survivor < most
-    source = (survivor + stored - most).where(is_move, stored - 1)
-    return source, slots.where(is_move, stored - 1)
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for i, (layer, own) in enumerate(zip(layers, victims, strict=True)):
+        if own is not None and own.slots.shape[-1] > 0:
+            shape = (*own.slots.shape, *layer._keys.shape[:2], layer.stored)
+            groups.setdefault(shape, []).append(i)
+    for members in groups.values():
+        blocks = [layers[i] for i in members]
+        chosen = [own for i in members if (own := victims[i]) is not None]
+        index = torch.stack([own.slots for own in chosen])
+        lens = torch.full_like(index[0, :, :, 0], blocks[0].stored)
+        ops.evict_slots_([b._keys for b in blocks], [b._values for b in blocks], index, lens)
+        # Without scores, rows of no width.
+        scores = [b._tags[..., :0] if b._scores is None else b._scores for b in blocks]
+        ops.evict_slots_([b._tags for b in blocks], scores, index, lens)
+        for block, own in zip(blocks, chosen, strict=True):
+            block._forget(min(own.slots.shape[-1], block.stored), own.evicted_lens)
 
 
 class LayerSlots:

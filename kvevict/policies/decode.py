@@ -4,7 +4,8 @@ An engine keeps the keys of every layer in `kvevict.slots.Slots` and calls a `De
 
 1. once after the prompt: `begin_decoding(layers, scores)`;
 2. in every later forward, in every layer: `observe_step(slots, query)`;
-3. after the last layer of that forward: `evict_step(layers)`, and drops the slots it returns.
+3. after the last layer of that forward: `evict_step(layers)`, and drops the slots it returns
+   (`kvevict.slots.evict_layers`).
 
 The number of keys is known to the host as long as all lists of a layer grow and shrink alike
 (`Slots.grown`), and so is whether anything is due: then nothing waits for the device, and no mask
@@ -82,13 +83,6 @@ class DecodePolicy(Protocol):
     def evict_step(self, layers: Sequence[Slots]) -> Sequence[Victims | None]:
         """Return what to drop of every layer, None = nothing."""
         ...
-
-
-def evict_step(policy: DecodePolicy, layers: Sequence[Slots]) -> None:
-    """Drop what a policy wants dropped after a forward."""
-    for slots, victims in zip(layers, policy.evict_step(layers), strict=True):
-        if victims is not None and victims.slots.shape[-1] > 0:
-            slots.evict(victims.slots, victims.evicted_lens)
 
 
 def begin_decoding(

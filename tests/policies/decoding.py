@@ -11,8 +11,8 @@ from torch import Tensor
 
 from kvevict.policies import LayerScores, PrefillPolicy, Prompt, select_layers
 from kvevict.policies.base import observer
-from kvevict.policies.decode import begin_decoding, evict_step
-from kvevict.slots import Slots, select_slots
+from kvevict.policies.decode import begin_decoding
+from kvevict.slots import Slots, evict_layers, select_slots
 from tests.policies.cases import NUM_KV_HEADS, NUM_QO_HEADS, make_prompt
 
 HEAD_DIM, NUM_STEPS, NUM_LAYERS = 8, 24, 2
@@ -91,7 +91,7 @@ def decode(
         if count > 1:
             for slots in layers:
                 slots.note_turn(torch.zeros(batch_size, count), mask)
-        evict_step(policy, layers)
+        evict_layers(layers, policy.evict_step(layers))
         live.append(live_columns(layers))
     return Run(live, layers, scores)
 

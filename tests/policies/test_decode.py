@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from kvevict.policies import H2O, TGVKV, LayerScores, Selection, StreamingLLM
-from kvevict.policies.decode import DecodePolicy, evict_step
-from kvevict.slots import select_slots
+from kvevict.policies.decode import DecodePolicy
+from kvevict.slots import evict_layers, select_slots
 from tests.policies.cases import PROMPTS as ALL_PROMPTS
 from tests.policies.cases import make_prompt
 from tests.policies.decoding import (
@@ -24,6 +24,7 @@ from tests.policies.decoding import (
     decode,
     live_columns,
 )
+from tests.policies.test_synchronization import Reads
 
 PROMPTS = {name: ALL_PROMPTS[name] for name in ("one_image", "two_images", "left_padded")}
 
@@ -136,7 +137,7 @@ def test_tgv_worked_example() -> None:
         for slots in layers:
             slots.append(row, row)
             slots.scores.copy_(slots.positions)
-        evict_step(policy, layers)
+        evict_layers(layers, policy.evict_step(layers))
     assert live_columns(layers) == [[[[0, 5, 6, 7, 8, 9, 10, 11]]], [[[0, 8, 9, 10, 11]]]]
 
 
@@ -192,22 +193,17 @@ def test_a_later_turn_is_several_steps_at_once(policy: Any) -> None:
                 assert layer[b] == [[real[c] for c in own] for own in expected[0]]
 
 
-def test_no_step_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_step_waits_for_the_device() -> None:
     """Neither where all lists evict alike nor where they are counted on the device."""
     for policy in (*(p for p, _ in LIMITED.values()), TGVKV(keep=0.4, decode="released")):
         rows = PROMPTS["left_padded"]
         prompt = make_prompt(*rows)
         tokens = Tokens.draw(3, prompt.kv_len + 3, NUM_LAYERS)
         layers = decode(policy, prompt, tokens, 2).layers
-        with monkeypatch.context() as patch:
-            for name in ("item", "tolist", "__bool__", "__int__", "__float__", "__index__"):
-                patch.setattr(torch.Tensor, name, refuse_to_wait)
+        with Reads() as reads:
             for i, slots in enumerate(layers):
                 q, k, v = (ts[i][:, :, -1:] for ts in vars(tokens).values())
                 slots.append(k, v)
                 policy.observe_step(slots, q, key_mask=slots.visible(None))
-            evict_step(policy, layers)
-
-
-def refuse_to_wait(*_: Any) -> Any:
-    raise AssertionError("the host asked the device")
+            evict_layers(layers, policy.evict_step(layers))
+        assert reads.found == []

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from kvevict import ops, policies
 from kvevict.policies import HAE, LayerScores, Prompt, Selection
-from kvevict.policies.decode import evict_step
-from kvevict.slots import Slots, select_slots
+from kvevict.slots import Slots, evict_layers, select_slots
 from tests.policies.cases import PROMPTS, kept_lists, make_layers, make_prompt
 from tests.policies.decoding import (
     List,
@@ -147,7 +146,7 @@ def test_bin_example(bin_len: int, expected: list[int]) -> None:
     second = {0: 0.4, 2: 0.3, 4: 0.02, 5: 0.05, 6: 0.1, 7: 0.03, 8: 0.05, 9: 0.05}
     for attention in (first, second):
         add(slots, attention)
-        evict_step(policy, [slots])
+        evict_layers([slots], policy.evict_step([slots]))
     assert live_columns([slots]) == [[[expected]]]
 
 
@@ -198,7 +197,7 @@ def test_lazy_eviction_is_the_recycle_bin_with_restore(seed: int) -> None:
         columns = [c for c in slots.columns[0, 0].tolist() if c >= 0] + [column]
         attention = {c: rng.random() ** 3 for c in columns}
         add(slots, attention)
-        evict_step(policy, [slots])
+        evict_layers([slots], policy.evict_step([slots]))
         literal.step(column, attention)
         assert live_columns([slots]) == [[[sorted(literal.live + literal.binned)]]]
 
@@ -216,7 +215,7 @@ def test_one_compaction_per_bin() -> None:
             evicted.append(column)
             assert slots.stored == 17
             assert victims.slots.shape == (1, 1, 5)
-            slots.evict(victims.slots, victims.evicted_lens)
+            evict_layers([slots], [victims])
     assert evicted == [16, 21, 26, 31, 36, 41, 46, 51, 56]
     assert isinstance(slots.grown, int)
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvevict.policies import Selection
+from kvevict.policies import Selection, Victims
 from kvevict.slots import (
     BUCKET_WASTE,
     COLUMN,
@@ -19,6 +19,7 @@ from kvevict.slots import (
     LayerSlots,
     Slots,
     bucket_lists,
+    evict_layers,
     select_slots,
 )
 
@@ -120,7 +121,7 @@ def test_any_history(seed: int, num_lists: int) -> None:
                     victims[b, i, :count] = torch.tensor(sorted(at), dtype=torch.int32)
                     counts[b, i] = count
                     lists[i] = [c for c in own if c not in gone]
-            slots.evict(victims, None if action == "evict" else counts)
+            evict_layers([slots], [Victims(victims, None if action == "evict" else counts)])
             assert slots.pending == 0
         assert slots.seen_len == seen_len
         found = contents(slots)
@@ -141,7 +142,7 @@ def test_even_evictions_never_ask_the_device() -> None:
     for column in range(9, 29):
         slots.append(*new_rows(2, column, 1))
         victims = torch.full((2, 1, 1), 5, dtype=torch.int32)
-        slots.evict(victims)
+        evict_layers([slots], [Victims(victims)])
     assert slots.grown == 0
     assert isinstance(slots.grown, int)
     assert slots.stored == 9
@@ -156,7 +157,7 @@ def test_ragged_evictions_do_not_fill_the_memory() -> None:
         slots.append(*new_rows(2, column, 1))
         counts = torch.tensor([[column % 2], [(column + 1) % 2]], dtype=torch.int32)
         victims = torch.where(counts[..., None] > 0, 3, -1).int()
-        slots.evict(victims, counts)
+        evict_layers([slots], [Victims(victims, counts)])
         contents(slots)
         sizes.add(slots.num_bytes)
     longest = int(slots.lens.max())
@@ -185,7 +186,7 @@ def test_inference_mode_is_left() -> None:
         slots = make_slots([6])
         slots.append(*new_rows(1, 6, 1))
     slots.append(*new_rows(1, 7, 1))
-    slots.evict(torch.tensor([[[0]]], dtype=torch.int32))
+    evict_layers([slots], [Victims(torch.tensor([[[0]]], dtype=torch.int32))])
     assert contents(slots) == [[[7, 1, 2, 3, 4, 5, 6]]]
 
 

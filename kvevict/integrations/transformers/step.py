@@ -29,8 +29,8 @@ from kvevict.policies.base import (
     select_layers,
 )
 from kvevict.policies.between import LayerPolicy
-from kvevict.policies.decode import DecodePolicy, begin_decoding, evict_step
-from kvevict.slots import LayerSlots, Slots, select_slots
+from kvevict.policies.decode import DecodePolicy, begin_decoding
+from kvevict.slots import LayerSlots, Slots, evict_layers, select_slots
 
 
 class Step:
@@ -301,7 +301,8 @@ class Step:
             self._note_turn()
         decoding = self._decoding_layers()
         if decoding:
-            evict_step(self.policy, [layer.store.slots for layer in decoding])
+            blocks = [layer.store.slots for layer in decoding]
+            evict_layers(blocks, self.policy.evict_step(blocks))
             for layer in decoding:
                 layer.show()
         return None
