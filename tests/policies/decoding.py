@@ -192,7 +192,7 @@ def attention_of(
     total = torch.zeros(len(columns), dtype=torch.float64)
     for head in range(which * heads, (which + 1) * heads):
         key = tokens.keys[layer][0, head * NUM_KV_HEADS // NUM_QO_HEADS, columns].double()
-        logits = key @ tokens.queries[layer][0, head, row].double() / HEAD_DIM**0.5
+        logits = key @ tokens.queries[layer][0, head, row].double() / key.shape[-1] ** 0.5
         total += logits.softmax(-1)
     return dict(zip(columns, (total / heads).tolist(), strict=True))
 
