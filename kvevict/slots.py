@@ -419,7 +419,7 @@ class LayerSlots:
         Raises:
             ValueError: if there are several.
         """
-        if len(self.buckets) > 1:
+        if self.members is not None:
             raise ValueError("kvevict: the lists of this layer differ in length, see `buckets`")
         return self.buckets[0]
 
