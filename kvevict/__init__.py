@@ -16,6 +16,7 @@ from kvevict.ops import (
     score_and_compact,
     score_keys,
     score_keys_by_text,
+    select_threshold,
     select_topk,
 )
 from kvevict.priority import build_priority
@@ -40,6 +41,7 @@ __all__ = [
     "score_and_compact",
     "score_keys",
     "score_keys_by_text",
+    "select_threshold",
     "select_topk",
 ]
 

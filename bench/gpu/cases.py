@@ -30,10 +30,12 @@ from bench.harness import Case, clone, make_row
 from bench.ops import (
     bench_attention_lse,
     bench_compact_kv,
+    bench_evict_slots,
     bench_gather_kv,
     bench_score_and_compact,
     bench_score_keys,
     bench_score_keys_by_text,
+    bench_select_threshold,
     bench_select_topk,
 )
 from bench.report import OURS, Goal, Row, Timing, fraction_of_peak, times_faster
@@ -72,6 +74,15 @@ def as_fast_as_the_best_peer() -> Goal:
         return f"{ratio:.2f}x", ratio >= 1
 
     return Goal("1x best peer", measure)
+
+
+def at_most_time(seconds: float) -> Goal:
+    """No longer than a fixed time."""
+
+    def measure(row: Row) -> tuple[str, bool]:
+        return f"{row.ours.median * 1e6:.1f} us", row.ours.median <= seconds
+
+    return Goal(f"{seconds * 1e6:.0f} us", measure)
 
 
 def within_two_passes(factor: float) -> Goal:
@@ -150,6 +161,17 @@ def select_topk(shape: Workload, percent: int) -> Case:
     return with_goals(case, *goals, **flashinfer_topk(shape.kept(percent)))
 
 
+def select_threshold(shape: Workload, percent: int | None = None) -> Case:
+    """One list from two statistics."""
+    return with_goals(bench_select_threshold.make_case(shape, percent), as_fast_as_the_best_peer())
+
+
+def evict_slots(shape: Workload, m: int) -> Case:
+    """Rows of all layers in one call."""
+    goal = at_most_time(5e-6) if m == 1 else fraction_of_peak(0.7)
+    return with_goals(bench_evict_slots.make_case(shape, m), goal)
+
+
 def compact_kv(shape: Workload, percent: int) -> Case:
     """Keys and values of all layers in one call."""
     goal = fraction_of_peak(0.7 if percent < 20 else 0.85)
@@ -205,6 +227,11 @@ def make_cases(dry_run: bool) -> list[Callable[[], Case]]:
         add(score_and_compact, shape)
     for shape in (*single, *deep):
         add(select_topk, shape, 20)
+    add(evict_slots, replace(c, layers_on_cpu=c.num_layers), 1)
+    add(evict_slots, for_moves(a32), a32.kv_len // 2)
+    for shape in (a8, b32k, b128k):
+        add(select_threshold, shape)
+    add(select_threshold, b32k, 20)
     for shape in deep:
         add(score_keys_by_text, shape)
     # One layer a call, as a model runs them; with the compiled peers.

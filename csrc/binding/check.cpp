@@ -196,6 +196,14 @@ void Check::finite(double value, const Argument& argument) const {
   fail(argument, "be finite", std::isnan(value) ? "nan" : value > 0 ? "inf" : "-inf");
 }
 
+void Check::not_negative(double value, const Argument& argument) const {
+  finite(static_cast<float>(value), argument);
+  if (value >= 0.0) return;
+  std::ostringstream text;
+  text << value;
+  fail(argument, "be at least 0", text.str());
+}
+
 void Check::companion(const Tensor& tensor, const Argument& argument, ScalarType type,
                       std::vector<Dim> expected, const Tensor& reference,
                       const Argument& reference_name) const {

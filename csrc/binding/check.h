@@ -60,6 +60,7 @@ class Check {
   void one_of(int64_t value, const Argument& argument,
               std::initializer_list<const char*> names) const;
   void finite(double value, const Argument& argument) const;
+  void not_negative(double value, const Argument& argument) const;
 
   // A small tensor of a given type and shape beside the op's first tensor.
   void companion(const Tensor& tensor, const Argument& argument, ScalarType type,

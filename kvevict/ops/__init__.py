@@ -14,6 +14,7 @@ from kvevict.ops.null import null  # noqa: E402
 from kvevict.ops.score_and_compact import score_and_compact  # noqa: E402
 from kvevict.ops.score_keys import score_keys  # noqa: E402
 from kvevict.ops.score_keys_by_text import score_keys_by_text  # noqa: E402
+from kvevict.ops.select_threshold import select_threshold  # noqa: E402
 from kvevict.ops.select_topk import select_topk  # noqa: E402
 
 __all__ = [
@@ -28,5 +29,6 @@ __all__ = [
     "score_and_compact",
     "score_keys",
     "score_keys_by_text",
+    "select_threshold",
     "select_topk",
 ]

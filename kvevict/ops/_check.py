@@ -67,6 +67,11 @@ class Check:
         if not math.isfinite(value):
             self.fail(argument, "be finite", value)
 
+    def not_negative(self, value: float, argument: str) -> None:
+        self.finite(value, argument)
+        if not value >= 0:
+            self.fail(argument, "be at least 0", f"{value:g}")
+
     def companion(
         self,
         tensor: Tensor,

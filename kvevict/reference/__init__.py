@@ -15,6 +15,7 @@ from kvevict.reference.null import null
 from kvevict.reference.score_and_compact import score_and_compact
 from kvevict.reference.score_keys import score_keys
 from kvevict.reference.score_keys_by_text import score_keys_by_text
+from kvevict.reference.select_threshold import select_threshold
 from kvevict.reference.select_topk import select_topk
 
 __all__ = [
@@ -27,5 +28,6 @@ __all__ = [
     "score_and_compact",
     "score_keys",
     "score_keys_by_text",
+    "select_threshold",
     "select_topk",
 ]

@@ -64,6 +64,7 @@ REGISTERS = {
     "move_rows_kernel<unsigned short>": 56,
     "null_kernel": 32,
     "pool_scores_kernel": 40,
+    "rank_keys_kernel": 80,
     "row_normalizer_kernel<float, 64>": 128,
     "row_normalizer_kernel<float, 96>": 128,
     "row_normalizer_kernel<float, 128>": 152,
@@ -76,4 +77,5 @@ REGISTERS = {
     "select_short_kernel<512>": 40,
     "select_short_kernel<1024>": 56,
     "split_kernel": 40,
+    "sum_candidates_kernel": 40,
 }

@@ -8,6 +8,7 @@ TILES, ATTENTION = "csrc/cuda/mma_tiles.h", "csrc/cuda/attention_kernels.h"
 ROWS, FEW_ROWS = "csrc/cuda/attention_rows.h", "csrc/cuda/few_rows.h"
 MOVE, REDUCTIONS = "csrc/cuda/move_rows.h", "csrc/cuda/reductions.h"
 SELECT = "csrc/ops/select_topk/select_topk_cuda.cu"
+THRESHOLD = "csrc/ops/select_threshold/select_threshold_cuda.cu"
 NULL = "csrc/ops/null/null_cuda.cu"
 LSE = "csrc/ops/attention_lse/attention_lse_cuda.cu"
 BY_TEXT = "csrc/ops/score_keys_by_text/score_keys_by_text_cuda.cu"
@@ -459,6 +460,68 @@ MUTATIONS = [
         ),
     ),
     *_of(
+        "sum_candidates_kernel",
+        "select_threshold",
+        (
+            "lanes are added up in another order",
+            THRESHOLD,
+            "for (int distance = kSumLanes / 2; distance > 0; distance /= 2)",
+            "for (int distance = 1; distance < kSumLanes; distance *= 2)",
+        ),
+        (
+            "no warp for the last segments",
+            THRESHOLD,
+            "(num_warps + kWarps - 1) / kWarps",
+            "num_warps / kWarps",
+        ),
+        (
+            "counters are not cleared",
+            THRESHOLD,
+            "workspace.num_evictable[place.row] = 0;",
+            "",
+        ),
+        (
+            "a lane counts only its own candidates",
+            THRESHOLD,
+            "num_candidates += __popc(__ballot_sync(kFullWarp, key.candidate));",
+            "num_candidates += key.candidate;",
+        ),
+    ),
+    *_of(
+        "rank_keys_kernel",
+        "select_threshold",
+        (
+            "totals of the first segments alone",
+            THRESHOLD,
+            "i < params.num_segments(); i += kWarpSize",
+            "i < min(params.num_segments(), 32l); i += kWarpSize",
+        ),
+        (
+            "padding of another sequence",
+            THRESHOLD,
+            "place.row / params.num_heads * params.kv_len",
+            "place.row % params.num_heads * params.kv_len",
+        ),
+        (
+            "padding ranks as what is kept",
+            THRESHOLD,
+            "key.real ? INFINITY : NAN",
+            "INFINITY",
+        ),
+        (
+            "every segment evicts up to the limit",
+            THRESHOLD,
+            "min(before + num_evictable, limit) - min(before, limit)",
+            "min(num_evictable, limit)",
+        ),
+        (
+            "nothing is evicted",
+            THRESHOLD,
+            "num_real - num_evicted",
+            "num_real",
+        ),
+    ),
+    *_of(
         "broadcast_indices_kernel",
         "broadcast_indices",
         (
@@ -535,7 +598,7 @@ MUTATIONS = [
             "count_below(slots, num_evicted, new_len)",
             "count_below(slots, num_evicted, kv_len)",
         ),
-        ("columns do not carry", EVICT, "      ++move;\n", ""),
+        ("columns carry two rows", EVICT, "      ++move;\n", "      move += 2;\n"),
         (
             "layers of the first launch in every launch",
             EVICT,

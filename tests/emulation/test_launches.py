@@ -1,4 +1,4 @@
-"""What scoring costs a GPU: how many kernels, and how often the keys are multiplied."""
+"""What ops cost a GPU: how many kernels, and how often the keys are multiplied."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from kvevict import reference
 from kvevict.ops.enums import HeadReduction, Statistic
 from tests.support.backends import EMULATED
 from tests.support.checks import Arguments
+from tests.support.moving import make_caches
 from tests.support.scoring import attention_arguments
 from tests.support.shapes import Shape, make_rows
 
@@ -49,6 +50,23 @@ def test_score_keys_by_text(emulator: ModuleType, given_lse: bool, launches: int
     arguments = arguments_of(PROMPT, given_lse=given_lse)
     arguments["row_index"] = make_rows(1, 11, PROMPT.qo_len)
     assert counters_of(emulator, "score_keys_by_text", arguments)["launches"] == launches
+
+
+@pytest.mark.parametrize("max_evicted", [None, 10])
+def test_select_threshold(emulator: ModuleType, max_evicted: int | None) -> None:
+    sums = torch.rand(2, 2, 3000)
+    candidates = torch.ones(2, 3000, dtype=torch.bool)
+    arguments = {"sums": sums, "maxima": sums, "candidates": candidates, "kappa": 0.9, "alpha": 1.0}
+    arguments["max_evicted"] = max_evicted
+    assert counters_of(emulator, "select_threshold", arguments)["launches"] == 3
+
+
+def test_evict_slots_of_all_layers(emulator: ModuleType) -> None:
+    keys, values = make_caches("cpu", num_layers=32, batch_size=1, kv_len=9, head_dim=8)
+    slots = torch.zeros(32, 1, 3, 1, dtype=torch.int32)
+    kv_lens = torch.full((1, 1), 9, dtype=torch.int32)
+    arguments = {"keys": keys, "values": values, "slots": slots, "kv_lens": kv_lens}
+    assert counters_of(emulator, "evict_slots_", arguments)["launches"] == 1
 
 
 @pytest.mark.parametrize("op", ["score_keys", "attention_lse"])

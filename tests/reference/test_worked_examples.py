@@ -1,4 +1,4 @@
-"""Two published methods worked out by hand: TGV-KV (arXiv 2606.03075) and SnapKV (2404.14469)."""
+"""Methods worked out by hand: TGV-KV (arXiv 2606.03075), SnapKV (2404.14469), HAE (2602.02197)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,14 @@ import torch
 from torch import Tensor
 
 from kvevict import reference
+from kvevict.ops.enums import HeadReduction, Statistic
 from kvevict.reference.score_and_compact import pool_scores
+from tests.support.worked_examples import (
+    HAE_ATTENTION,
+    HAE_CANDIDATES,
+    HAE_DECISIONS,
+    query_of_heads,
+)
 
 # Token 0 is text, 1 to 4 are vision, 5 to 7 are text. Attention of rows 5 to 7, mean of all heads.
 VISION = slice(1, 5)
@@ -32,9 +39,7 @@ def query_with_attention(attention: Tensor) -> tuple[Tensor, Tensor]:
     """Return query and key of two heads whose mean attention [num_rows, kv_len] is `attention`."""
     difference = torch.zeros_like(attention)
     difference[:, 0], difference[:, 1] = 0.01, -0.01
-    heads = torch.stack([attention + difference, attention - difference])
-    key = torch.eye(attention.shape[1], dtype=torch.float64)
-    return heads.log().clamp(min=-100)[None], key.expand(1, 1, -1, -1)
+    return query_of_heads(torch.stack([attention + difference, attention - difference]))
 
 
 def score_layer(layer: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -84,3 +89,32 @@ def test_snapkv() -> None:
     assert pooled.tolist() == pytest.approx(expected, abs=5e-6)
     assert kept_indices.tolist() == [[[1, 2, 3, 6, 7]]]
     assert kept_lens.tolist() == [[5]]
+
+
+def score_text_rows(statistic: Statistic) -> Tensor:
+    query, key = query_of_heads(HAE_ATTENTION)
+    return reference.score_keys(
+        query, key, sm_scale=1.0, statistic=statistic, head_reduction=HeadReduction.ALL_MEAN
+    )
+
+
+def test_hae_statistics() -> None:
+    sums, maxima = score_text_rows(Statistic.SUM), score_text_rows(Statistic.MAX)
+    assert sums[0, 0, 1:6].tolist() == pytest.approx([0.05, 0.12, 0.03, 0.15, 0.19])
+    assert maxima[0, 0, 1:6].tolist() == pytest.approx([0.03, 0.10, 0.02, 0.10, 0.11])
+
+
+@pytest.mark.parametrize(("ratio", "alpha", "max_evicted", "kept"), HAE_DECISIONS)
+def test_hae_decisions(
+    ratio: float, alpha: float, max_evicted: int | None, kept: list[int]
+) -> None:
+    sums, maxima = score_text_rows(Statistic.SUM), score_text_rows(Statistic.MAX)
+    kept_indices, kept_lens = reference.select_threshold(
+        sums.float(),
+        maxima.float(),
+        HAE_CANDIDATES,
+        ratio=ratio,
+        alpha=alpha,
+        max_evicted=max_evicted,
+    )
+    assert kept_indices[0, 0, : int(kept_lens)].tolist() == kept

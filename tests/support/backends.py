@@ -17,6 +17,7 @@ OPS = (
     "attention_lse",
     "score_keys",
     "score_keys_by_text",
+    "select_threshold",
     "select_topk",
     "broadcast_indices",
     "gather_kv",

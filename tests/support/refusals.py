@@ -318,6 +318,27 @@ def _select_topk() -> Iterator[Refusal]:
     yield from _priorities(op)
 
 
+def _select_threshold() -> Iterator[Refusal]:
+    op = "select_threshold"
+    yield from _rows(
+        op,
+        "sums",
+        {"rank": drop(0), "float16": cast(torch.float16), "float64": cast(torch.float64)},
+    )
+    sizes = {"batch_size": shorten(0), "kv_len": shorten(-1)}
+    yield from _tensor(op, "maxima", torch.float64, heads=shorten(1), **sizes)
+    yield from _tensor(op, "candidates", torch.uint8, **sizes)
+    yield from _tensor(op, "key_mask", torch.uint8, **sizes)
+    not_finite = {"nan": to(float("nan")), "inf": to(float("inf")), "huge": to(1e39)}
+    too_small = {"negative": to(-0.5), "tiny": to(-1e-50)}
+    yield from _rows(op, "ratio", {"missing": to(None), **not_finite, **too_small})
+    yield from _rows(op, "kappa", {"with_ratio": to(0.86)})
+    instead = (("ratio", None),)
+    yield from _rows(op, "kappa", {**not_finite, **too_small}, also=instead)
+    yield from _rows(op, "alpha", not_finite)
+    yield from _rows(op, "max_evicted", {"negative": to(-1)})
+
+
 def _broadcast_indices() -> Iterator[Refusal]:
     op = "broadcast_indices"
     yield from _index_lists(op)
@@ -424,6 +445,7 @@ REFUSALS: tuple[Refusal, ...] = tuple(
         _score_keys,
         _score_keys_by_text,
         _select_topk,
+        _select_threshold,
         _broadcast_indices,
         _gather_kv,
         _compact_kv,

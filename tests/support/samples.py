@@ -7,7 +7,7 @@ argument.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -69,6 +69,12 @@ class Sizes:
     def priority(self, *heads: int) -> Tensor:
         size = (self.batch_size, *heads, self.kv_len)
         return torch.randint(0, 3, size, dtype=torch.uint8, device=self.device)
+
+    def candidates(self) -> Tensor:
+        """Return most of the keys."""
+        mask = torch.ones(self.batch_size, self.kv_len, dtype=torch.bool, device=self.device)
+        mask[:, ::5] = False
+        return mask
 
     def row_k(self) -> Tensor:
         size = (self.batch_size, self.num_kv_heads)
@@ -153,6 +159,10 @@ def _compaction(s: Sizes) -> Arguments:
     return {**s.attention(), "value": s.cache(), "budget": s.k}
 
 
+def _statistics(s: Sizes) -> Arguments:
+    return {"sums": s.scores().abs(), "maxima": s.scores().abs(), "candidates": s.candidates()}
+
+
 Maker = Callable[[Sizes], Arguments]
 
 SAMPLES: dict[str, dict[str, Maker]] = {
@@ -202,6 +212,23 @@ SAMPLES: dict[str, dict[str, Maker]] = {
             "priority": s.priority(s.num_kv_heads),
         },
         "k_beyond_kv_len": lambda s: {"scores": s.scores(), "k": s.kv_len + 2},
+    },
+    "select_threshold": {
+        "full": lambda s: {
+            **_statistics(s),
+            "ratio": 0.3,
+            "kappa": None,
+            "alpha": 1.0,
+            "max_evicted": s.k,
+            "key_mask": s.key_mask(),
+        },
+        "plain": lambda s: {**_statistics(s), "kappa": 0.86, "alpha": 1.0},
+        "shared": lambda s: {
+            **_statistics(replace(s, num_kv_heads=1)),
+            "ratio": 0.5,
+            "alpha": 1.5,
+            "max_evicted": 1,
+        },
     },
     "broadcast_indices": {
         "full": lambda s: {

@@ -1,11 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
 
-#include "core/arena.h"
-#include "core/cpu/isa.h"
+#include "core/cpu/select_scratch.h"
 #include "core/order.h"
 
 namespace kvevict {
@@ -25,30 +23,9 @@ struct SelectTopkParams {
   }
 };
 
-// One thread's working memory for a row. Lists have room for a vector's worth of overshoot.
-struct SelectScratch {
-  static constexpr int64_t kOvershoot = 16;
-  static constexpr int64_t kBuckets = 2048;
-  uint32_t* keys;        // [kv_len]
-  uint32_t* candidates;  // [kv_len]
-  uint32_t* histogram;   // [kBuckets]
-
-  static SelectScratch carve(Arena& arena, int64_t kv_len) {
-    return {arena.take<uint32_t>(kv_len + kOvershoot), arena.take<uint32_t>(kv_len + kOvershoot),
-            arena.take<uint32_t>(kBuckets)};
-  }
-};
-
 struct SelectTopk {
   static CpuPlan plan_cpu(const SelectTopkParams& params, int /*num_threads*/) {
-    Arena scratch;
-    SelectScratch::carve(scratch, params.kv_len);
-    constexpr int64_t kKeysPerThread = 1 << 15;
-    return {1,
-            {params.batch_size * params.num_heads},
-            0,
-            scratch.bytes(),
-            std::max<int64_t>(kKeysPerThread / std::max<int64_t>(params.kv_len, 1), 1)};
+    return SelectScratch::plan(params.batch_size * params.num_heads, params.kv_len);
   }
   template <Isa isa>
   static void run_cpu(const SelectTopkParams& params, const CpuWork& work) noexcept;
