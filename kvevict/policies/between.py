@@ -24,15 +24,15 @@ class Shortening:
         selection: the rows that stay, one list per sequence: [batch_size, 1, k].
         hidden_states: [batch_size, kv_len, hidden] all rows, the staying ones with what was merged
             into them; None = as they were.
-        restart_positions: later layers number the rows 0, 1, ... anew; else rows keep the positions
-            they have.
-        restart_decoding: in these layers the tokens after the prompt follow on that numbering; else
-            they stand where they stand in the conversation.
+        restarted: [batch_size] bool, sequences whose rows later layers number 0, 1, ... anew; the
+            rows of the others keep the positions they have. None = of all.
+        restart_decoding: there the tokens after the prompt follow on that numbering; else they
+            stand where they stand in the conversation.
     """
 
     selection: Selection
     hidden_states: Tensor | None = None
-    restart_positions: bool = False
+    restarted: Tensor | None = None
     restart_decoding: bool = False
 
 

@@ -52,8 +52,9 @@ class HAE(Policy):
     Dual-Attention Pruning. P is the attention of layer 0, averaged over all query heads, from the
     text rows after the last vision token. Vision key j goes if both $\sum_i P[i,j] < r \sum_k
     \sum_i P[i,k]$ over the vision keys k, and $\max_i P[i,j] < \alpha$; of more than `max_evicted`
-    such keys those with the smallest sums. The list holds for all layers and heads, and is applied
-    in one compaction. Text and sinks never go. All rows vote where no text follows the vision.
+    such keys those with the smallest sums, but never all. The list holds for all layers and heads,
+    and is applied in one compaction. Text and sinks never go. All rows vote where no text follows
+    the vision.
 
     Dynamic Decoding Eviction. Attention accumulates over steps, the mean over all query heads. A
     key beyond `limit` goes into a recycle bin: it still takes part and may come back while another
@@ -69,7 +70,7 @@ class HAE(Policy):
             of about 576 of them.
         kappa: r as a multiple of the uniform share, in place of `ratio`; 0.86 is the same for 576.
         alpha: the largest attention that a key may get from one row and still go.
-        max_evicted: vision keys that may go, per sequence; None = all but one.
+        max_evicted: vision keys that may go, per sequence, sinks among them; None = any number.
         drop_hidden: also take the pruned rows out of the hidden states behind layer 0. Saves
             computing, and changes the keys of later layers.
         limit: keys that stay while decoding; None = as many as after the prompt.
@@ -151,7 +152,7 @@ class HAE(Policy):
             statistic=Statistic.MAX,
             head_reduction=self.head_reduction,
         )
-        victims = self._prune(layer.scores[:, 0], maxima[:, 0], prompt)
+        victims = self._prune(layer.scores, maxima, prompt)
         return PrunedScores(scores=layer.scores, prompt=prompt, victims=victims, order=layer.scores)
 
     def observe_later(
@@ -186,24 +187,26 @@ class HAE(Policy):
 
     def _prune(self, sums: Tensor, maxima: Tensor, prompt: Prompt) -> Tensor:
         """Return the keys that go [batch_size, kv_len] bool."""
-        vision = prompt.is_vision
-        num_vision = vision.sum(1)
-        total = (sums * vision).sum(1)
-        ratio = torch.full_like(total, self.ratio)
-        if self.kappa is not None:
-            ratio = self.kappa / num_vision.clamp(min=1)
-        is_low = (sums < (ratio * total)[:, None]) & (maxima < self.alpha)
-        candidates = vision & is_low & (prompt.rank_from_start >= self.num_sink)
-        most = (num_vision - 1).clamp(min=0)
-        if self.max_evicted is not None:
-            most = most.clamp(max=self.max_evicted)
-        chosen, _ = ops.select_topk(
-            -sums[:, None], prompt.kv_len, row_k=most[:, None].int(), priority=candidates.byte()
+        vision, kv_len = prompt.is_vision, prompt.kv_len
+        kept_indices, _ = ops.select_threshold(
+            sums,
+            maxima,
+            vision,
+            ratio=self.ratio if self.kappa is None else None,
+            kappa=self.kappa,
+            alpha=self.alpha,
+            max_evicted=self.max_evicted,
+            key_mask=prompt.key_mask,
         )
-        victims = torch.zeros(len(vision), prompt.kv_len + 1, dtype=torch.bool, device=sums.device)
-        index = chosen[:, 0].long()
-        victims.scatter_(1, index.where(index >= 0, prompt.kv_len), True)
-        return victims[:, : prompt.kv_len]
+        kept = torch.zeros(len(vision), kv_len + 1, dtype=torch.bool, device=sums.device)
+        index = kept_indices[:, 0].long()
+        kept.scatter_(1, index.where(index >= 0, kv_len), True)
+        gone = vision & ~kept[:, :kv_len]
+        # One always stays: the one with the largest sum.
+        place = torch.arange(kv_len, device=sums.device)
+        best = sums[:, 0].where(vision, -1.0).max(1, keepdim=True).indices if kv_len else place
+        gone &= (gone != vision).any(1, keepdim=True) | (place != best)
+        return gone & (prompt.rank_from_start >= self.num_sink)
 
     def budgets(self, layers: Sequence[LayerScores]) -> Tensor:
         """Keep what is not pruned, at most `keep` [num_layers, batch_size] int64."""

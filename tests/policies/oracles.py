@@ -260,15 +260,12 @@ def hae(policy: Any, s: Sequence) -> Kept:
     sums, maxima = voting.sum(0), voting.max(0).values
     total = float(sums[s.vision].sum())
     ratio = policy.ratio if policy.kappa is None else policy.kappa / max(len(s.vision), 1)
-    low = [
-        j
-        for j in s.vision
-        if j >= policy.num_sink and sums[j] < ratio * total and maxima[j] < policy.alpha
-    ]
+    low = [j for j in s.vision if sums[j] < ratio * total and maxima[j] < policy.alpha]
     most = max(len(s.vision) - 1, 0)
     if policy.max_evicted is not None:
         most = min(most, policy.max_evicted)
-    pruned = sorted(low, key=lambda j: (float(sums[j]), j))[:most]
+    pruned = sorted(low, key=lambda j: (float(sums[j]), -j))[:most]
+    pruned = [j for j in pruned if j >= policy.num_sink]
     budget = min(s.length - len(pruned), tokens_of(policy.keep, s.length))
     sinks = forced_of(policy, s.length, budget, 0)
     others = [j for j in range(s.length) if j not in sinks]

@@ -52,7 +52,7 @@ def example_layer() -> tuple[Tensor, Tensor]:
         ({"ratio": 0.15, "alpha": 0.0199}, set()),
         ({"ratio": 0.30, "alpha": 0.20, "max_evicted": 1}, {3}),
         ({"ratio": 1.01, "alpha": 1.0}, {1, 2, 3, 4}),
-        ({"ratio": 1.01, "alpha": 1.0, "num_sink": 4}, {4, 5}),
+        ({"ratio": 1.01, "alpha": 1.0, "num_sink": 4}, {4}),
         ({"kappa": 0.75, "alpha": 0.05}, {1, 3}),
     ],
 )

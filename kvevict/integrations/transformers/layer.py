@@ -26,8 +26,9 @@ class EvictedLayer(DynamicLayer):  # type: ignore[misc]
         attached: inside a forward of a model under `evict`.
         unites: the next tokens go into one block, whatever the lists.
         decode_policy: what evicts from this layer while tokens are generated, None = nothing does.
-        position_shift: [batch_size] int32, how many positions the rows of this layer were moved
-            down in the prompt, None = not at all; new tokens are moved as far.
+        position_shift: [batch_size] int64, how many rows of the prompt this layer does not have;
+            new tokens stand that much further down. None = they stand where they are.
+        restarted: [batch_size] bool, the sequences of which that holds.
     """
 
     def __init__(self, store: LayerSlots) -> None:
@@ -38,6 +39,7 @@ class EvictedLayer(DynamicLayer):  # type: ignore[misc]
         self.unites = False
         self.decode_policy: DecodePolicy | None = None
         self.position_shift: Tensor | None = None
+        self.restarted: Tensor | None = None
         block = store.buckets[0].keys
         self.dtype, self.device = block.dtype, block.device
         self.show()
@@ -103,6 +105,8 @@ class EvictedLayer(DynamicLayer):  # type: ignore[misc]
         if not self.is_initialized:
             return
         self.store.take(index)
-        if self.position_shift is not None:
-            self.position_shift = self.position_shift[index.to(self.position_shift.device)]
+        if self.position_shift is not None and self.restarted is not None:
+            index = index.to(self.position_shift.device)
+            self.position_shift = self.position_shift[index]
+            self.restarted = self.restarted[index]
         self.show()

@@ -23,7 +23,7 @@ class Rows:
         index: [batch_size, num_rows] int64, the column of each row, ascending, padding in front;
             None = all of them.
         padding_lens: [batch_size] int32, padding columns of the whole prompt.
-        restart_positions: rows are numbered 0, 1, ... anew.
+        restarted: [batch_size] bool, sequences whose rows are numbered 0, 1, ... anew; None = none.
         restart_decoding: so are the tokens that follow the prompt.
     """
 
@@ -31,7 +31,7 @@ class Rows:
     mask: Tensor | None
     padding_lens: Tensor
     index: Tensor | None = None
-    restart_positions: bool = False
+    restarted: Tensor | None = None
     restart_decoding: bool = False
 
     @classmethod
@@ -102,11 +102,16 @@ class Rows:
         rank = torch.arange(k, device=kept.device) - (k - lens)
         mask = rank >= 0
         index = kept.gather(1, rank.clamp(min=0)).clamp(min=0)
+        restarted = shortening.restarted
+        if restarted is None or self.restarted is None:
+            restarted = self.restarted if restarted is None else restarted
+        else:
+            restarted = self.restarted | restarted
         return replace(
             self,
             mask=mask if selection.ragged else None,
             index=self.columns.gather(1, index),
-            restart_positions=self.restart_positions or shortening.restart_positions,
+            restarted=restarted,
             restart_decoding=self.restart_decoding or shortening.restart_decoding,
         )
 

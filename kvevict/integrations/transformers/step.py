@@ -242,18 +242,22 @@ class Step:
         layer = self.cache.layers[index] if index < len(self.cache.layers) else None
         if isinstance(layer, EvictedLayer) and layer.position_shift is not None:
             positions = _shifted_positions(layer, hidden_states, kwargs["attention_mask"])
-            return args, {**kwargs, "position_embeddings": self.rotate(hidden_states, positions)}
+            embeddings = _restart(
+                kwargs["position_embeddings"],
+                self.rotate(hidden_states, positions),
+                layer.restarted,
+            )
+            return args, {**kwargs, "position_embeddings": embeddings}
         rows = self.rows
         if rows is None or rows.index is None:
             return None
         self.hidden_states = hidden_states
         alive = rows.take(hidden_states, -2)
-        kwargs = {**kwargs, "attention_mask": rows.mask}
-        if rows.restart_positions:
-            kwargs["position_embeddings"] = self.rotate(alive, rows.new_positions)
-        else:
-            cos, sin = kwargs["position_embeddings"]
-            kwargs["position_embeddings"] = rows.take(cos, -2), rows.take(sin, -2)
+        embeddings = tuple(rows.take(t, -2) for t in kwargs["position_embeddings"])
+        if rows.restarted is not None:
+            anew = self.rotate(alive, rows.new_positions)
+            embeddings = _restart(embeddings, anew, rows.restarted)
+        kwargs = {**kwargs, "attention_mask": rows.mask, "position_embeddings": embeddings}
         if kwargs.get("position_ids") is not None:
             kwargs["position_ids"] = rows.take(kwargs["position_ids"], -1)
         if args:
@@ -367,7 +371,7 @@ class Step:
         layer.decode_policy = self.policy if decodes else None
         rows = self.layer_rows.get(index)
         if rows is not None and rows.restart_decoding:
-            layer.position_shift = rows.num_removed
+            layer.position_shift, layer.restarted = rows.num_removed, rows.restarted
         return layer
 
 
@@ -397,6 +401,12 @@ def _unfold(selection: Selection, num_kv_heads: int) -> Selection:
         keeps_all=selection.keeps_all,
         ragged=selection.ragged,
     )
+
+
+def _restart(old: Any, new: Any, restarted: Tensor | None) -> tuple[Tensor, ...]:
+    """Return the new position embeddings of some sequences, the old ones of the others."""
+    assert restarted is not None
+    return tuple(n.where(restarted[:, None, None], o) for o, n in zip(old, new, strict=True))
 
 
 def _shifted_positions(layer: EvictedLayer, new: Tensor, mask: Tensor | None) -> Tensor:
