@@ -176,7 +176,7 @@ def test_appending_copies_now_and_then() -> None:
         if not blocks or blocks[-1] != slots._keys.data_ptr():
             blocks.append(slots._keys.data_ptr())
         capacity = slots._keys.shape[2]
-        assert capacity <= (slots.stored + 1) * (1 + 1 / SLACK_SHARE) + MIN_SLACK
+        assert capacity <= slots.stored * 9 / 8 + 33
     assert len(blocks) <= 14
     assert contents(slots) == [[list(range(2048))]]
 
@@ -209,6 +209,24 @@ def test_crop_takes_back_what_came_later() -> None:
     slots.track(torch.zeros(2, 1, slots.stored))
     with pytest.raises(ValueError, match="only the 0 tokens"):
         slots.crop(1)
+
+
+def test_a_batch_takes_its_memory_along() -> None:
+    slots = make_slots([5, 3, 4])
+    slots.track(torch.arange(15.0).view(3, 1, 5))
+    slots.memory.update(limit=torch.tensor([[7], [8], [9]]), seen_len=5, fraction=0.5)
+    slots.grown = torch.tensor([[0], [1], [2]])
+    taken = slots.take(torch.tensor([2, 2, 0]))
+    assert taken.columns[:, 0].tolist() == slots.columns[[2, 2, 0], 0].tolist()
+    assert taken.scores[:, 0, 0].tolist() == [10, 10, 0]
+    assert taken.totals.tolist() == [4, 4, 5]
+    assert isinstance(taken.memory["limit"], Tensor)
+    assert taken.memory["limit"].tolist() == [[9], [9], [7]]
+    assert taken.memory["seen_len"] == 5
+    assert isinstance(taken.grown, Tensor)
+    assert taken.grown.tolist() == [[2], [2], [0]]
+    taken.append(*new_rows(3, 5, 1))
+    assert slots.stored == 5
 
 
 # Layers of several blocks
