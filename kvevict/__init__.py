@@ -25,6 +25,7 @@ from kvevict.priority import build_priority
 
 if TYPE_CHECKING:
     from kvevict.integrations.transformers import evict as evict
+    from kvevict.integrations.transformers import report as report
 
 __version__: str = build_info()["version"]
 
@@ -51,13 +52,13 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     # Importing kvevict must not import transformers.
-    if name == "evict":
+    if name in ("evict", "report"):
         try:
-            from kvevict.integrations.transformers import evict
+            from kvevict.integrations import transformers as integration
         except ModuleNotFoundError as error:
             if error.name != "transformers":
                 raise
-            message = "kvevict.evict needs transformers: pip install 'kvevict[transformers]'"
+            message = f"kvevict.{name} needs transformers: pip install 'kvevict[transformers]'"
             raise ImportError(message) from error
-        return evict
+        return getattr(integration, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -17,15 +17,19 @@ from kvevict.policies.base import (
     PrefillPolicy,
     Prompt,
     Selection,
+    SharingPolicy,
     compact_layers,
     evict_prompt,
     select_layers,
 )
+from kvevict.policies.between import LayerPolicy, Shortening
 from kvevict.policies.chunkkv import ChunkKV
 from kvevict.policies.corm import CORM
 from kvevict.policies.dbudgetkv import DBudgetKV
+from kvevict.policies.decode import DecodePolicy, Victims
 from kvevict.policies.flashcache import FlashCache
 from kvevict.policies.h2o import H2O
+from kvevict.policies.hae import HAE
 from kvevict.policies.prefixkv import PrefixKV
 from kvevict.policies.pyramidkv import PyramidKV
 from kvevict.policies.random import Random
@@ -39,6 +43,7 @@ __all__ = [
     "AUDIO",
     "CORM",
     "H2O",
+    "HAE",
     "IMAGE",
     "TEXT",
     "TGVKV",
@@ -47,7 +52,9 @@ __all__ = [
     "AdaKV",
     "ChunkKV",
     "DBudgetKV",
+    "DecodePolicy",
     "FlashCache",
+    "LayerPolicy",
     "LayerScores",
     "Policy",
     "PrefillPolicy",
@@ -56,9 +63,12 @@ __all__ = [
     "PyramidKV",
     "Random",
     "Selection",
+    "SharingPolicy",
+    "Shortening",
     "SnapKV",
     "StreamingLLM",
     "VLCache",
+    "Victims",
     "compact_layers",
     "evict_prompt",
     "get",
@@ -74,6 +84,7 @@ _POLICIES: dict[str, Callable[..., PrefillPolicy]] = {
     "dbudgetkv": DBudgetKV,
     "flashcache": FlashCache,
     "h2o": H2O,
+    "hae": HAE,
     "prefixkv": PrefixKV,
     "pyramidkv": PyramidKV,
     "random": Random,

@@ -29,7 +29,7 @@ class AdaKV(SnapKV):
       round((1 - floor) n_h + int(floor * (k - forced))) besides the forced ones. Truncation and
       rounding let a layer's total drift by up to about H tokens.
 
-    Lists of a layer differ in length: the cache layer is as long as its longest.
+    Lists of a layer differ in length; an engine stores them in buckets (`kvevict.slots`).
 
     Attributes:
         keep: ratio of the prompt (float) or tokens per layer and head on average (int).

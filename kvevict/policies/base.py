@@ -18,9 +18,9 @@ where a method leaves whole layers alone, the others pay for them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from numbers import Integral, Real
 from typing import ClassVar, Protocol, runtime_checkable
 
@@ -223,6 +223,37 @@ class PrefillPolicy(Protocol):
 
         Returns:
             kept_indices [batch_size, 1 | num_kv_heads, k] int32 and kept_lens, its shape without k.
+        """
+        ...
+
+
+@runtime_checkable
+class SharingPolicy(Protocol):
+    """A `PrefillPolicy` whose first layer decides for later ones."""
+
+    def observe_later(
+        self,
+        first: LayerScores,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        prompt: Prompt,
+        row_index: Tensor | None,
+        *,
+        sm_scale: float | None = None,
+        softmax_lse: Tensor | None = None,
+    ) -> LayerScores:
+        """Score a layer behind the first; called in place of `observe`.
+
+        Args:
+            first: what `observe` returned for the first layer.
+            query: see `PrefillPolicy.observe`, here and below.
+            key: of this layer.
+            value: of this layer.
+            prompt: what its keys are; not `first.prompt` if rows were removed in between.
+            row_index: the result of `self.row_index(prompt)`.
+            sm_scale: the scale of the logits.
+            softmax_lse: if the engine has it.
         """
         ...
 
@@ -440,6 +471,18 @@ def select_layers(
     return tuple(selections)
 
 
+def observer(policy: PrefillPolicy, first: LayerScores | None) -> Callable[..., LayerScores]:
+    """Return what scores the next layer.
+
+    Args:
+        policy: the policy.
+        first: the scores of the first layer, None for itself.
+    """
+    if first is not None and isinstance(policy, SharingPolicy):
+        return partial(policy.observe_later, first)
+    return policy.observe
+
+
 def compact_layers(
     keys: Sequence[Tensor], values: Sequence[Tensor], selections: Sequence[Selection]
 ) -> tuple[list[Tensor], list[Tensor]]:
@@ -496,10 +539,10 @@ def evict_prompt(
     """
     prompt = replace(prompt, qo_len=queries[0].shape[2]) if queries else prompt
     row_index = policy.row_index(prompt)
-    layers = [
-        policy.observe(query, key, value, prompt, row_index, sm_scale=sm_scale)
-        for query, key, value in zip(queries, keys, values, strict=True)
-    ]
+    layers: list[LayerScores] = []
+    for query, key, value in zip(queries, keys, values, strict=True):
+        observe = observer(policy, layers[0] if layers else None)
+        layers.append(observe(query, key, value, prompt, row_index, sm_scale=sm_scale))
     selections = select_layers(policy, layers)
     if selections is None:
         return list(keys), list(values), None

@@ -3,27 +3,35 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
 
 from kvevict.policies._shares import floor_share
 from kvevict.policies.base import LayerScores, Policy, Prompt
+from kvevict.policies.decode import Victims, evictable, lowest, received
+from kvevict.policies.limit import DecodeLimit, fitting
 from kvevict.priority import build_priority
+
+if TYPE_CHECKING:
+    from kvevict.slots import Slots
 
 
 @dataclass(frozen=True)
-class H2O(Policy):
-    """The keys with the most attention accumulated over all rows stay, and the newest ones.
+class H2O(DecodeLimit, Policy):
+    r"""The keys with the most attention accumulated over all rows stay, and the newest ones.
 
     Score of key j in KV head g: the attention that j got from every row of the prompt, summed over
     rows, averaged over the query heads of the group. (The released code keeps a list per query head
-    of repeated keys; a list per KV head is the form for grouped-query attention.) This is the
-    prefill part of the method; its rule for decoding is not applied.
+    of repeated keys; a list per KV head is the form for grouped-query attention.)
+
+    While decoding, every step adds its attention to the scores, $S_j \leftarrow S_j + a_t[j]$, and
+    a list beyond its budget drops the lowest S that is neither sink nor recent: one key per step.
 
     The budget is `keep` tokens per layer and KV head: sinks, recent and heavy together.
 
-    All rows vote, so scoring takes O(kv_len^2) time per layer (and O(kv_len) memory).
+    All rows vote, so scoring a prompt takes O(kv_len^2) time per layer (and O(kv_len) memory); a
+    step takes O(kv_len).
 
     Attributes:
         keep: ratio of the prompt (float) or tokens per layer (int).
@@ -31,15 +39,23 @@ class H2O(Policy):
         recent_share: the part of the budget that goes to the newest tokens (half, as published).
         normalize: divide each sum by the number of rows that see the key. It takes away the bias
             to early tokens and is another method, kvpress' "observed attention"; that one has
-            `num_sink=0, recent_share=0`.
+            `num_sink=0, recent_share=0` and appends while decoding, whatever `decode` says.
+        decode: "evict", or "append" to leave the cache alone after the prompt.
     """
 
     recent_share: float = 0.5
     normalize: bool = False
+    decode: Literal["evict", "append"] = "evict"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._require_fraction("recent_share")
+        self._require_one_of("decode", ("evict", "append"))
+
+    @property
+    def evicts_while_decoding(self) -> bool:
+        """Whether there is a limit; the means over rows of `normalize` cannot be continued."""
+        return super().evicts_while_decoding and not self.normalize
 
     def observe(
         self,
@@ -63,3 +79,26 @@ class H2O(Policy):
         num_recent = floor_share(budget, self.recent_share)
         num_sink = (budget - num_recent).clamp(max=self.num_sink)
         return build_priority(prompt.valid, num_sink=num_sink, num_recent=num_recent)
+
+    def observe_step(
+        self,
+        slots: Slots,
+        query: Tensor,
+        *,
+        key_mask: Tensor | None = None,
+        sm_scale: float | None = None,
+    ) -> None:
+        """Add the attention of the newest rows to the scores."""
+        slots.scores.add_(received(slots, query, key_mask=key_mask, sm_scale=sm_scale))
+
+    def choose_victims(
+        self, slots: Slots, limit: int | Tensor, count: int | Tensor, most: int
+    ) -> Victims | None:
+        """Choose the lowest scores that are neither sinks nor recent."""
+        num_recent: int | Tensor
+        if isinstance(limit, int):
+            num_recent = int(limit * self.recent_share + 1e-6)
+        else:
+            num_recent = floor_share(limit, self.recent_share)
+        candidates = evictable(slots, fitting(self.num_sink, limit - num_recent), num_recent)
+        return lowest(slots.scores, candidates.byte(), count, most)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -13,7 +13,11 @@ from kvevict import ops
 from kvevict.ops.enums import HeadReduction
 from kvevict.policies._shares import share_by_mass
 from kvevict.policies.base import LayerScores, Policy, Prompt
+from kvevict.policies.decode import Victims, evictable, lowest, received, shared_ints
 from kvevict.priority import build_priority
+
+if TYPE_CHECKING:
+    from kvevict.slots import Slots
 
 
 @dataclass(frozen=True)
@@ -45,8 +49,12 @@ class TGVKV(Policy):
       token, never a contiguous span;
     - everything is per sequence; padding neither votes nor stays.
 
-    Decoding appends; nothing is evicted after the prompt (the paper's description; the released
-    code also drops a token per step).
+    Decoding appends; nothing is evicted after the prompt. The released code does more than the
+    paper says, `decode="released"`: with n keys stored and M tokens seen so far, a layer of which
+    $n - M f_l \ge 1$ drops one key per step, the one that the newest row pays the least attention
+    to (the mean over all heads), except for sinks and the newest keys, as many as the text after
+    the vision had kept. So its cache still grows by $f_l$ per token, and that text becomes
+    evictable as it ages. Sequences that the prompt's eviction left whole are left alone.
 
     Attributes:
         keep: ratio of the prompt (float) or tokens per layer on average (int).
@@ -56,16 +64,19 @@ class TGVKV(Policy):
             rows (differs for text before the vision; one O(kv_len^2) scoring pass per layer).
         redistribute: give what layers with f_l > 1 cannot use to the others, in proportion to
             their mass (water filling). Off in the paper and in its code, where it is lost.
+        decode: "paper" appends, "released" also drops.
     """
 
     num_recent: int = 1
     text_score: Literal["paper", "released"] = "paper"
     redistribute: bool = False
+    decode: Literal["paper", "released"] = "paper"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._require_count("num_recent", minimum=0)
         self._require_one_of("text_score", ("paper", "released"))
+        self._require_one_of("decode", ("paper", "released"))
 
     def row_index(self, prompt: Prompt) -> Tensor:
         """Return the text rows after the last vision token."""
@@ -135,3 +146,90 @@ class TGVKV(Policy):
             num_recent=self.num_recent,
             preferred=~prompt.is_vision,
         )
+
+    # While decoding, as released
+
+    @property
+    def evicts_while_decoding(self) -> bool:
+        """Whether it does as the released code."""
+        return self.decode == "released"
+
+    def begin_decoding(self, layers: Sequence[Slots], scores: Sequence[LayerScores]) -> None:
+        """Remember f_l, and how much of the text after the vision was kept."""
+        prompt_lens = torch.stack([layer.prompt.lens for layer in scores])
+        prompt_totals = torch.stack([layer.prompt.totals for layer in scores])
+        fraction = share_by_mass(self, scores, redistribute=self.redistribute)
+        fraction = fraction * prompt_lens / prompt_totals.clamp(min=1)
+        left_whole = (self.budgets(scores) == prompt_lens).all(0)
+        fraction = fraction.masked_fill(left_whole, torch.inf)
+        lens = [slots.lens for slots in layers]
+        totals = [total.view_as(n) for total, n in zip(prompt_totals, lens, strict=True)]
+        suffix = [
+            _num_from(slots, _text_from(layer.prompt).view_as(n)).clamp(min=1)
+            for slots, layer, n in zip(layers, scores, lens, strict=True)
+        ]
+        shared = [shared_ints(counts) for counts in (lens, totals, suffix)]
+        fractions: list[list[float]] = fraction.tolist()
+        for i, slots in enumerate(layers):
+            counts = [values[i] for values in shared]
+            if len(set(fractions[i])) == 1 and all(isinstance(c, int) for c in counts):
+                slots.memory["fraction"] = fractions[i][0]
+            else:
+                counts = [lens[i], totals[i], suffix[i]]
+                slots.memory["fraction"] = fraction[i].view_as(lens[i])
+            slots.memory.update(zip(("lens", "totals", "suffix"), counts, strict=True))
+            slots.memory["seen_len"] = slots.seen_len
+
+    def observe_step(
+        self,
+        slots: Slots,
+        query: Tensor,
+        *,
+        key_mask: Tensor | None = None,
+        sm_scale: float | None = None,
+    ) -> None:
+        """Take the newest row's attention for scores; nothing is accumulated."""
+        newest = query[:, :, query.shape[2] - 1 :]
+        slots.scores.copy_(received(slots, newest, key_mask=key_mask, sm_scale=sm_scale))
+
+    def evict_step(self, layers: Sequence[Slots]) -> list[Victims | None]:
+        """Return at most one key per list."""
+        return [self._evict_layer(slots) for slots in layers]
+
+    def _evict_layer(self, slots: Slots) -> Victims | None:
+        memory = slots.memory
+        suffix = memory["suffix"]
+        assert not isinstance(suffix, float)
+        num_stored = memory["lens"] + slots.grown
+        count: int | Tensor
+        num_seen: int | float | Tensor
+        if isinstance(num_stored, Tensor):
+            num_seen = slots.totals.view(-1, 1)
+            count = (num_stored - num_seen * memory["fraction"] >= 1).long()
+        else:
+            num_seen = memory["totals"] + slots.seen_len - memory["seen_len"]
+            is_due = num_stored - num_seen * memory["fraction"] >= 1
+            count = int(bool(is_due) and num_stored > self.num_sink + suffix)
+            if count == 0:
+                return None
+        candidates = evictable(slots, self.num_sink, 0) & ~_newest(slots, suffix)
+        return lowest(slots.scores, candidates.byte(), count, 1)
+
+
+def _text_from(prompt: Prompt) -> Tensor:
+    """Return the position of the first text row after the vision [batch_size]; the end if none."""
+    position = prompt.totals[:, None] - 1 - prompt.rank_from_end
+    return position.where(prompt.trailing_text, prompt.totals[:, None]).amin(1)
+
+
+def _num_from(slots: Slots, position: Tensor) -> Tensor:
+    """Return how many keys stand at `position` [batch_size, num_lists] or behind it."""
+    behind = slots.positions >= position[..., None]
+    return (behind & (slots.columns >= 0)).sum(-1)
+
+
+def _newest(slots: Slots, count: int | Tensor) -> Tensor:
+    """Return the `count` newest keys of every list [batch_size, num_lists, stored] bool."""
+    positions = slots.positions.where(slots.columns >= 0, -1)
+    rank = positions.argsort(-1, descending=True).argsort(-1)
+    return rank < (count[..., None] if isinstance(count, Tensor) else count)

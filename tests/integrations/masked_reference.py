@@ -19,12 +19,19 @@ class MaskedReference:
 
     `kept` maps a layer to [batch_size, 1 | num_kv_heads, prompt_len] bool. Without it the
     reference is ordinary attention. It records the query, key and value of every forward of more
-    than one row: `recorded[layer][turn]`.
+    than one row: `recorded[layer][turn]`, and of one row: `steps[layer][step]`.
+
+    `live` maps a layer to what each forward of the newest row sees, one after the other:
+    [batch_size, 1 | num_kv_heads, kv_len] bool. `hidden` maps a layer to columns that no row of it
+    sees, [batch_size, 1, prompt_len] bool.
     """
 
     def __init__(self, prompt_len: int, kept: dict[int, Tensor] | None = None) -> None:
         self.prompt_len = prompt_len
         self.kept = kept or {}
+        self.live: dict[int, list[Tensor]] = {}
+        self.hidden: dict[int, Tensor] = {}
+        self.steps: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {}
         self.recorded: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {}
 
     def attend(
@@ -38,8 +45,8 @@ class MaskedReference:
         **_: Any,
     ) -> tuple[Tensor, None]:
         """Attend eagerly in float32."""
-        if query.shape[2] > 1:
-            self.recorded.setdefault(module.layer_idx, []).append((query, key, value))
+        records = self.recorded if query.shape[2] > 1 else self.steps
+        records.setdefault(module.layer_idx, []).append((query, key, value))
         batch_size, num_qo_heads, qo_len, _ = query.shape
         kv_len, group_size = key.shape[2], num_qo_heads // key.shape[1]
         row = torch.arange(kv_len - qo_len, kv_len)[:, None]
@@ -52,6 +59,11 @@ class MaskedReference:
             per_head = per_head.repeat_interleave(batch_size // per_head.shape[0], 0)
             prompt = visible[..., : self.prompt_len]
             prompt &= per_head | (row < self.prompt_len)
+        if qo_len == 1 and module.layer_idx in self.live:
+            alive = self.live[module.layer_idx].pop(0)
+            visible &= alive.repeat_interleave(num_qo_heads // alive.shape[1], 1)[:, :, None]
+        if module.layer_idx in self.hidden:
+            visible[..., : self.prompt_len] &= ~self.hidden[module.layer_idx][:, :, None]
         visible |= ~visible.any(-1, keepdim=True)
         logits = query.float() @ key.float().repeat_interleave(group_size, 1).mT * scaling
         weights = logits.masked_fill(~visible, -torch.inf).softmax(-1)

@@ -34,6 +34,9 @@ FIELDS: dict[str, dict[str, Any]] = {
     "adakv": {"window": 8},
     "chunkkv": {"window": 8, "chunk_len": 4},
     "corm": {"keep": 0.6, "window": 8, "num_recent": 8},
+    "h2o": {"decode": "append"},
+    "hae": {"kappa": 1.0, "alpha": 1.0, "decode": "append"},
+    "streaming_llm": {"decode": "append"},
     "dbudgetkv": {"keep": 0.6, "num_full": 1, "tolerance": 0.1},
     "pyramidkv": {"window": 6, "num_sink": 2},
     "random": {"per_head": True},
@@ -74,7 +77,15 @@ class Recorder:
         self.seen: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.policy, name)
+        attribute = getattr(self.policy, name)
+        if name != "observe_later":
+            return attribute
+
+        def observe_later(first: Any, *args: Any, **options: Any) -> Any:
+            self.seen.append(args[:3])
+            return attribute(first, *args, **options)
+
+        return observe_later
 
     def observe(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any) -> Any:
         self.seen.append((query, key, value))

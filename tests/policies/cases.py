@@ -59,6 +59,11 @@ FIELDS: dict[str, list[dict[str, Any]]] = {
         {"keep": 5},
         {"keep": 10, "num_sink": 0, "recent_share": 0.0, "normalize": True},
     ],
+    "hae": [
+        {"kappa": 0.9, "alpha": 0.3},
+        {"ratio": 0.2, "alpha": 0.6, "num_sink": 1, "max_evicted": 4},
+        {"kappa": 1.2, "alpha": 1.0, "keep": 0.4},
+    ],
     "prefixkv": [{"keep": 0.4}, {"keep": 9, "num_sink": 1, "num_recent": 3}],
     "pyramidkv": [
         {"keep": 0.4, "window": 4},

@@ -254,6 +254,25 @@ def chunkkv(policy: Any, s: Sequence) -> Kept:
     return kept
 
 
+def hae(policy: Any, s: Sequence) -> Kept:
+    mean = s.attention[0].mean(0)
+    voting = mean[s.trailing_text] if s.trailing_text else mean
+    sums, maxima = voting.sum(0), voting.max(0).values
+    total = float(sums[s.vision].sum())
+    ratio = policy.ratio if policy.kappa is None else policy.kappa / max(len(s.vision), 1)
+    low = [j for j in s.vision if sums[j] < ratio * total and maxima[j] < policy.alpha]
+    most = max(len(s.vision) - 1, 0)
+    if policy.max_evicted is not None:
+        most = min(most, policy.max_evicted)
+    pruned = sorted(low, key=lambda j: (float(sums[j]), -j))[:most]
+    pruned = [j for j in pruned if j >= policy.num_sink]
+    budget = min(s.length - len(pruned), tokens_of(policy.keep, s.length))
+    sinks = forced_of(policy, s.length, budget, 0)
+    others = [j for j in range(s.length) if j not in sinks]
+    others.sort(key=lambda j: (j in s.vision, j in pruned, -float(sums[j]), j))
+    return [[sorted([*sinks, *others[: budget - len(sinks)]])]] * s.num_layers
+
+
 def prefixkv(policy: Any, s: Sequence) -> Kept:
     budget = tokens_of(policy.keep, s.length)
     forced = forced_of(policy, s.length, budget, policy.num_recent)
@@ -401,6 +420,7 @@ ORACLES: dict[str, Callable[[Any, Sequence], Kept]] = {
     "dbudgetkv": dbudgetkv,
     "flashcache": flashcache,
     "h2o": h2o,
+    "hae": hae,
     "prefixkv": prefixkv,
     "pyramidkv": pyramidkv,
     "random": random,

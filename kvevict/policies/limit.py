@@ -1,0 +1,73 @@
+"""What methods share whose cache stops growing at a limit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from numbers import Integral
+from typing import TYPE_CHECKING, Literal
+
+from torch import Tensor
+
+from kvevict.policies.base import LayerScores
+from kvevict.policies.decode import Victims, limit_lists, over_limit
+
+if TYPE_CHECKING:
+    from kvevict.slots import Slots
+
+
+class DecodeLimit:
+    """A list that has reached the policy's `keep` drops a key for every new one.
+
+    A ratio `keep` refers to the prompt: lists stay as long as they are after it. A number of tokens
+    may be reached later, if the prompt was shorter. Without a `keep` below 1 nothing is evicted.
+
+    Mix it into a `kvevict.policies.Policy` that has the field `decode`.
+    """
+
+    keep: float | int | None
+    num_sink: int
+    decode: Literal["evict", "append"]
+
+    @property
+    def evicts_while_decoding(self) -> bool:
+        """Whether there is a limit."""
+        limits = isinstance(self.keep, Integral) or (self.keep is not None and self.keep < 1)
+        return limits and self.decode == "evict"
+
+    def begin_decoding(self, layers: Sequence[Slots], scores: Sequence[LayerScores]) -> None:
+        """Set the limit of every list to what the prompt's eviction left, or to `keep`."""
+        limits = [slots.lens for slots in layers]
+        if isinstance(self.keep, Integral):
+            limits = [limit.clamp(min=int(self.keep)) for limit in limits]
+        for slots, limit in zip(layers, limit_lists(layers, limits), strict=True):
+            slots.memory["limit"] = limit
+
+    def evict_step(self, layers: Sequence[Slots]) -> list[Victims | None]:
+        """Return the keys beyond the limit, those that `choose_victims` prefers."""
+        return [self._evict_layer(slots) for slots in layers]
+
+    def _evict_layer(self, slots: Slots) -> Victims | None:
+        count, most = over_limit(slots)
+        if most == 0:
+            return None
+        limit = slots.memory["limit"]
+        assert not isinstance(limit, float)
+        return self.choose_victims(slots, limit, count, most)
+
+    def choose_victims(
+        self, slots: Slots, limit: int | Tensor, count: int | Tensor, most: int
+    ) -> Victims | None:
+        """Choose `count` keys of every list, which holds that many more than `limit`.
+
+        Args:
+            slots: one layer.
+            limit: keys that stay, [batch_size, num_lists] where lists differ.
+            count: keys that go, likewise.
+            most: the largest count, or more.
+        """
+        raise AssertionError("a subclass chooses")
+
+
+def fitting(count: int, room: int | Tensor) -> int | Tensor:
+    """Return `count`, or as much of it as there is room for."""
+    return min(count, room) if isinstance(room, int) else room.clamp(max=count)

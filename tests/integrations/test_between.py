@@ -1,0 +1,243 @@
+"""Rows taken out of the prompt between two layers, on tiny models."""
+
+from __future__ import annotations
+
+import copy
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+import kvevict
+from kvevict.integrations.transformers import EvictedLayer
+from kvevict.policies import HAE, Prompt, Selection, Shortening
+from tests.integrations.masked_reference import kept_mask, masked_reference
+from tests.integrations.test_transformers import SECOND_TURN, state_of, two_turns
+from tests.integrations.tiny_models import (
+    LONG_ROW,
+    MODELS,
+    NUM_LAYERS,
+    ONE_IMAGE,
+    TEXT_CONFIG,
+    TWO_IMAGES,
+    VISION_MODELS,
+    generate,
+    make_inputs,
+    row_of,
+)
+
+BATCHES = {
+    "single": [ONE_IMAGE],
+    "left_padded": [ONE_IMAGE, TWO_IMAGES, LONG_ROW],
+    "two_images": [TWO_IMAGES],
+}
+DROPPING = HAE(kappa=1.0, alpha=1.0, drop_hidden=True, decode="append")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Any:
+    """Tiny models are faster, and equal from run to run, on one thread."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
+
+
+@cache
+def get_model(name: str) -> Any:
+    """Build each model once."""
+    return MODELS[name]()
+
+
+def logits_of(output: Any) -> Tensor:
+    """Return the logits of all steps [batch_size, num_new, vocab_size]."""
+    return torch.stack(output.logits, 1)
+
+
+class DropThirds:
+    """Only a `LayerPolicy`: every third row goes behind layer 0, every other behind layer 1."""
+
+    def __init__(self) -> None:
+        self.lens: list[int] = []
+
+    def shortening_layers(self, num_layers: int) -> tuple[int, ...]:
+        return (0, 1)
+
+    def shorten(
+        self, hidden_states: Tensor, query: Tensor, key: Tensor, prompt: Prompt, **options: Any
+    ) -> Shortening:
+        every = 3 - options["layer_idx"]
+        self.lens.append(hidden_states.shape[1])
+        assert query.shape[2] == key.shape[2] == prompt.kv_len == hidden_states.shape[1]
+        kept = prompt.valid & ((prompt.rank_from_start % every != 1) | (prompt.rank_from_end == 0))
+        lens = kept.sum(1, keepdim=True)
+        column = torch.arange(prompt.kv_len).expand_as(kept)
+        index = column.where(kept, prompt.kv_len).sort(1).values[:, : int(lens.max())]
+        index = index.where(index < prompt.kv_len, -1)[:, None]
+        ragged = bool((lens < lens.max()).any())
+        return Shortening(Selection(index.int(), lens.int(), ragged=ragged))
+
+
+def by_layer(eviction: Any, prompt_len: int) -> dict[int, Tensor]:
+    """Return what each layer keeps [batch_size, 1, prompt_len] bool."""
+    return {layer.layer_idx: kept_mask(layer.kept_indices, prompt_len) for layer in eviction.kept}
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("model_name", VISION_MODELS)
+def test_removing_rows_equals_masking_their_columns(model_name: str, batch: str) -> None:
+    """Rows keep their positions (M-RoPE, too), and visual features reach the right ones."""
+    model = get_model(model_name)
+    inputs = make_inputs(model, BATCHES[batch])
+    prompt_len = inputs["input_ids"].shape[1]
+    real = inputs["attention_mask"].bool()
+    with kvevict.evict(model, DROPPING) as eviction:
+        actual = generate(model, inputs, num_new=6)
+    kept = by_layer(eviction, prompt_len)
+    assert all(torch.equal(kept[0], own) for own in kept.values())
+    assert ((kept[0].sum(-1) < real.sum(1, keepdim=True)) & (kept[0].sum(-1) > 10)).all()
+    with masked_reference(model, prompt_len, {0: kept[0]}) as reference:
+        reference.hidden = {i: ~kept[i] for i in range(1, NUM_LAYERS)}
+        expected = generate(model, inputs, num_new=6)
+    torch.testing.assert_close(logits_of(actual), logits_of(expected), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("model_name", MODELS)
+def test_several_stages_of_a_policy_that_does_nothing_else(model_name: str) -> None:
+    model, policy = get_model(model_name), DropThirds()
+    inputs = make_inputs(model, BATCHES["left_padded"])
+    prompt_len = inputs["input_ids"].shape[1]
+    before = state_of(model)
+    with kvevict.evict(model, policy) as eviction:
+        actual = generate(model, inputs, num_new=6)
+    assert state_of(model) == before
+    longest = int(inputs["attention_mask"].sum(1).max())
+    assert policy.lens == [longest, longest - (longest + 1) // 3 + (longest % 3 == 2)]
+    kept = by_layer(eviction, prompt_len)
+    assert [int(kept[i].sum()) for i in range(3)] == sorted(
+        [int(kept[i].sum()) for i in range(3)], reverse=True
+    )
+    assert torch.equal(kept[0][:, 0], inputs["attention_mask"].bool())
+    with masked_reference(model, prompt_len) as reference:
+        reference.hidden = {i: ~kept[i] for i in range(1, NUM_LAYERS)}
+        expected = generate(model, inputs, num_new=6)
+    torch.testing.assert_close(logits_of(actual), logits_of(expected), rtol=0, atol=1e-4)
+
+
+def test_a_padded_batch_equals_each_row_alone() -> None:
+    model = get_model("qwen2_5_vl")
+    rows = BATCHES["left_padded"]
+    inputs = make_inputs(model, rows)
+    policy = HAE(kappa=1.0, alpha=1.0, drop_hidden=True, bin_len=3, num_recent=4)
+    with kvevict.evict(model, policy):
+        batch = generate(model, inputs, num_new=10)
+    for b in range(len(rows)):
+        with kvevict.evict(model, policy):
+            alone = generate(model, row_of(model, inputs, rows, b), num_new=10)
+        torch.testing.assert_close(logits_of(batch)[b], logits_of(alone)[0], rtol=0, atol=1e-4)
+
+
+def test_later_layers_never_hold_the_rows() -> None:
+    """Neither keys nor hidden states; the output has all rows, those that went as they left."""
+    model = get_model("llava")
+    inputs = make_inputs(model, [TWO_IMAGES])
+    seen: list[int] = []
+
+    class Spy(HAE):
+        def observe_later(self, first: Any, query: Tensor, *args: Any, **options: Any) -> Any:
+            seen.append(query.shape[2])
+            return super().observe_later(first, query, *args, **options)
+
+    with kvevict.evict(model, Spy(**vars(DROPPING))) as eviction, torch.no_grad():
+        output = model(**inputs, output_hidden_states=True)
+    report = eviction.report
+    assert report is not None
+    prompt_len = inputs["input_ids"].shape[1]
+    num_kept = int(eviction.kept[0].kept_lens)
+    assert seen == [num_kept] * (NUM_LAYERS - 1)
+    row_bytes = 2 * 2 * 16 * 4
+    assert report.bytes_before == (prompt_len + (NUM_LAYERS - 1) * num_kept) * row_bytes
+    assert report.bytes_after == NUM_LAYERS * num_kept * row_bytes
+    assert output.logits.shape[1] == prompt_len
+    kept = by_layer(eviction, prompt_len)[0][0, 0]
+    _, first, second, _ = output.hidden_states
+    assert torch.equal(first[0, ~kept], second[0, ~kept])
+    assert not torch.isclose(first[0, kept], second[0, kept]).all(-1).any()
+
+
+def test_a_later_turn_is_left_whole() -> None:
+    model = get_model("llava")
+    inputs = make_inputs(model, BATCHES["left_padded"])
+    prompt_len = inputs["input_ids"].shape[1]
+    with kvevict.evict(model, DROPPING) as eviction:
+        actual, cached = two_turns(model, inputs, "whole conversation", padding=3)
+    assert all(isinstance(layer, EvictedLayer) for layer in cached.layers)
+    kept = by_layer(eviction, prompt_len)
+    assert SECOND_TURN.after == ()
+    with masked_reference(model, prompt_len, {0: kept[0]}) as reference:
+        reference.hidden = {i: ~kept[i] for i in range(1, NUM_LAYERS)}
+        expected, _ = two_turns(model, inputs, "whole conversation", padding=3)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4)
+
+
+def test_every_turn_prunes_anew() -> None:
+    """The later turn evicts from the caches, and removes no rows."""
+    model = get_model("llava")
+    inputs = make_inputs(model, [TWO_IMAGES])
+    with kvevict.evict(model, DROPPING, every_turn=True) as eviction:
+        two_turns(model, inputs, "whole conversation")
+    first, second = eviction.reports
+    for old, new in zip(first.kept, second.kept, strict=True):
+        prompt = {*old.kept_indices[0, 0].tolist()}
+        has = {*new.kept_indices[0, 0].tolist()}
+        assert {c for c in has if c < inputs["input_ids"].shape[1]} < prompt
+    assert second.bytes_after < second.bytes_before
+
+
+def test_keeping_all_changes_nothing() -> None:
+    model = get_model("llava")
+    inputs = make_inputs(model, BATCHES["left_padded"])
+    expected = generate(model, inputs)
+    policy = HAE(alpha=0.0, drop_hidden=True, decode="append")
+    with kvevict.evict(model, policy) as eviction:
+        actual = generate(model, inputs)
+    torch.testing.assert_close(logits_of(actual), logits_of(expected), rtol=0, atol=5e-5)
+    assert eviction.report is not None
+    assert eviction.report.bytes_after == eviction.report.bytes_before
+
+
+def test_bfloat16() -> None:
+    model = copy.deepcopy(get_model("qwen3_vl")).bfloat16()
+    inputs = make_inputs(model, BATCHES["left_padded"])
+    inputs["pixel_values"] = inputs["pixel_values"].bfloat16()
+    prompt_len = inputs["input_ids"].shape[1]
+    with kvevict.evict(model, DROPPING) as eviction:
+        actual = generate(model, inputs, num_new=1)
+    kept = by_layer(eviction, prompt_len)
+    with masked_reference(model, prompt_len) as reference:
+        reference.hidden = {i: ~kept[i] for i in range(1, NUM_LAYERS)}
+        expected = generate(model, inputs, num_new=1)
+    cosine = torch.cosine_similarity(logits_of(actual).float(), logits_of(expected).float(), dim=-1)
+    assert (cosine > 0.99).all()
+
+
+def test_refusals() -> None:
+    kinds = ["full_attention", "sliding_attention", "full_attention"]
+    config = Qwen2Config(
+        **TEXT_CONFIG, use_sliding_window=True, sliding_window=16, layer_types=kinds
+    )
+    model = Qwen2ForCausalLM(config).eval()
+    before = state_of(model)
+    with (
+        kvevict.evict(model, DropThirds()),
+        pytest.raises(ValueError, match="sliding-window or linear attention cannot follow"),
+    ):
+        generate(model, make_inputs(model, [LONG_ROW]))
+    assert state_of(model) == before
+    model = copy.deepcopy(get_model("llama"))
+    del model.model.rotary_emb
+    with pytest.raises(ValueError, match="not a plain list of layers"):
+        kvevict.evict(model, DropThirds()).__enter__()

@@ -1,0 +1,224 @@
+"""A small engine that decodes on tensors, and the same as loops over Python lists in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvevict.policies import LayerScores, PrefillPolicy, Prompt, select_layers
+from kvevict.policies.base import observer
+from kvevict.policies.decode import begin_decoding
+from kvevict.slots import Slots, evict_layers, select_slots
+from tests.policies.cases import NUM_KV_HEADS, NUM_QO_HEADS, make_prompt
+
+HEAD_DIM, NUM_STEPS, NUM_LAYERS = 8, 24, 2
+Live = list[list[list[list[int]]]]  # [layer][sequence][list] -> ascending columns
+
+
+@dataclass(eq=False)
+class Tokens:
+    """Random queries, keys and values of a prompt and of the steps after it, per layer."""
+
+    queries: list[Tensor]
+    keys: list[Tensor]
+    values: list[Tensor]
+
+    @classmethod
+    def draw(cls, batch_size: int, num_columns: int, num_layers: int) -> Tokens:
+        def states(num_heads: int, scale: float) -> list[Tensor]:
+            shape = (batch_size, num_heads, num_columns, HEAD_DIM)
+            return [scale * torch.randn(shape) for _ in range(num_layers)]
+
+        return cls(states(NUM_QO_HEADS, 3), states(NUM_KV_HEADS, 1), states(NUM_KV_HEADS, 1))
+
+    def of_sequence(self, b: int, first: int) -> Tokens:
+        """Return one sequence without its left padding."""
+        parts = ([t[b : b + 1, :, first:] for t in ts] for ts in vars(self).values())
+        return Tokens(*parts)
+
+
+@dataclass(eq=False)
+class Run:
+    """What an engine did: live columns after the prompt and after every step."""
+
+    live: list[Live]
+    layers: list[Slots]
+    scores: list[LayerScores] = field(default_factory=list)
+
+
+def decode(
+    policy: Any,
+    prompt: Prompt,
+    tokens: Tokens,
+    num_steps: int,
+    turn: tuple[int, Tensor] | None = None,
+) -> Run:
+    """Evict the prompt and decode; `turn` makes step i one of several tokens with this mask."""
+    batch_size, prompt_len = prompt.modality.shape
+    first = [[t[:, :, :prompt_len] for t in ts] for ts in vars(tokens).values()]
+    if isinstance(policy, PrefillPolicy):
+        rows = policy.row_index(prompt)
+        scores: list[LayerScores] = []
+        for states in zip(*first, strict=True):
+            scores.append(observer(policy, next(iter(scores), None))(*states, prompt, rows))
+        selections = select_layers(policy, scores)
+    else:
+        zeros = torch.zeros(batch_size, 1, prompt_len)
+        scores = [LayerScores(zeros, prompt) for _ in first[0]]
+        selections = None
+    blocks = []
+    for k, v, layer in zip(first[1], first[2], scores, strict=True):
+        blocks.append(block_of(prompt, k, v))
+        blocks[-1].track(layer.scores)
+    layers = blocks
+    if selections is not None:
+        layers = [store.slots for store in select_slots(blocks, selections, split=False)]
+    assert policy.evicts_while_decoding
+    begin_decoding(policy, layers, scores)
+    live = [live_columns(layers)]
+    end = prompt_len
+    for step in range(num_steps):
+        count, mask = turn[1:] if turn and turn[0] == step else (1, None)
+        begin, end = end, end + count
+        for i, slots in enumerate(layers):
+            q, k, v = (ts[i][:, :, begin:end] for ts in vars(tokens).values())
+            slots.append(k, v)
+            policy.observe_step(slots, q, key_mask=slots.visible(mask))
+        if count > 1:
+            for slots in layers:
+                slots.note_turn(torch.zeros(batch_size, count), mask)
+        evict_layers(layers, policy.evict_step(layers))
+        live.append(live_columns(layers))
+    return Run(live, layers, scores)
+
+
+def block_of(prompt: Prompt, keys: Tensor, values: Tensor) -> Slots:
+    """Return all keys of a prompt, left-padded or not."""
+    column = torch.arange(prompt.kv_len).expand_as(prompt.modality)
+    padding = prompt.kv_len - prompt.lens
+    tags = torch.stack([column, column - padding[:, None], prompt.modality], -1).int()
+    return Slots(
+        keys,
+        values,
+        tags.masked_fill(~prompt.valid[..., None], -1)[:, None],
+        seen_len=prompt.kv_len,
+        padding_lens=padding.int(),
+        has_empty=prompt.key_mask is not None,
+    )
+
+
+def live_columns(layers: list[Slots]) -> Live:
+    """Return what every list holds."""
+    return [
+        [[sorted(c for c in own if c >= 0) for own in lists] for lists in slots.columns.tolist()]
+        for slots in layers
+    ]
+
+
+# Loops
+
+
+@dataclass
+class List:
+    """One list: its live columns in order, and their scores."""
+
+    live: list[int]
+    scores: dict[int, float]
+    row: str
+
+    def is_text(self, column: int) -> bool:
+        return column >= len(self.row) or self.row[column] not in "iv"
+
+    def add(self, attention: dict[int, float]) -> None:
+        for column, value in attention.items():
+            self.scores[column] = self.scores.get(column, 0.0) + value
+
+    def drop(self, columns: list[int]) -> None:
+        self.live = [c for c in self.live if c not in columns]
+
+
+Rule = Callable[[List, dict[int, float], int], None]
+"""Changes a list after a step, given the attention to its keys and the tokens seen so far."""
+
+
+def decode_by_loops(
+    tokens: Tokens,
+    row: str,
+    kept: list[list[list[int]]],
+    starts: Any,
+    rules: Any,
+    num_steps: int,
+) -> list[list[list[list[int]]]]:
+    """Decode one sequence without padding.
+
+    Args:
+        tokens: of the sequence.
+        row: a letter per token of the prompt.
+        kept: [layer][list] the columns that stay of the prompt.
+        starts: [layer][list] tensors [prompt length], the scores that the keys start with.
+        rules: [layer][list] a `Rule` each.
+        num_steps: tokens to decode.
+
+    Returns:
+        [step][layer][list] live columns.
+    """
+    states = [
+        [
+            List(list(own), {c: float(start[c]) for c in own}, row)
+            for own, start in zip(lists, layer_starts, strict=True)
+        ]
+        for lists, layer_starts in zip(kept, starts, strict=True)
+    ]
+    history = []
+    for column in range(len(row), len(row) + num_steps):
+        for layer, lists in enumerate(states):
+            for i, own in enumerate(lists):
+                own.live.append(column)
+                attention = attention_of(tokens, layer, column, own.live, i, len(lists))
+                rules[layer][i](own, attention, column + 1)
+        history.append([[list(own.live) for own in lists] for lists in states])
+    return history
+
+
+def attention_of(
+    tokens: Tokens, layer: int, row: int, columns: list[int], which: int, num_lists: int
+) -> dict[int, float]:
+    """Return the attention of a row to some columns, the mean over the heads of a list."""
+    heads = NUM_QO_HEADS // num_lists
+    total = torch.zeros(len(columns), dtype=torch.float64)
+    for head in range(which * heads, (which + 1) * heads):
+        key = tokens.keys[layer][0, head * NUM_KV_HEADS // NUM_QO_HEADS, columns].double()
+        logits = key @ tokens.queries[layer][0, head, row].double() / key.shape[-1] ** 0.5
+        total += logits.softmax(-1)
+    return dict(zip(columns, (total / heads).tolist(), strict=True))
+
+
+def assert_equal_loops(
+    policy: Any, rows: list[str], rules_of: Callable[[Run, int, list[list[list[int]]]], Any]
+) -> Run:
+    """Decode a batch, and every sequence alone by loops.
+
+    `rules_of` gives the rules of a sequence, from what it kept of the prompt.
+    """
+    prompt = make_prompt(*rows)
+    tokens = Tokens.draw(len(rows), prompt.kv_len + NUM_STEPS, NUM_LAYERS)
+    run = decode(policy, prompt, tokens, NUM_STEPS)
+    for b, row in enumerate(rows):
+        padding = row.count(".")
+        kept = [[[c - padding for c in own] for own in layer[b]] for layer in run.live[0]]
+        expected = decode_by_loops(
+            tokens.of_sequence(b, padding),
+            row[padding:],
+            kept,
+            [layer.scores[b, :, padding:] for layer in run.scores],
+            rules_of(run, b, kept),
+            NUM_STEPS,
+        )
+        for step, theirs in enumerate(expected, 1):
+            ours = [[[c - padding for c in own] for own in layer[b]] for layer in run.live[step]]
+            assert ours == theirs, f"step {step} of sequence {b}"
+    return run
