@@ -6,12 +6,15 @@ from typing import TYPE_CHECKING, Any
 
 from kvevict._library import LibraryNotBuiltError, build_info
 from kvevict.ops import (
+    DiversityReference,
     HeadReduction,
     Statistic,
     attention_lse,
     broadcast_indices,
     compact_kv_,
     gather_kv,
+    key_diversity,
+    mix_scores,
     score_and_compact,
     score_keys,
     score_keys_by_text,
@@ -25,6 +28,7 @@ if TYPE_CHECKING:
 __version__: str = build_info()["version"]
 
 __all__ = [
+    "DiversityReference",
     "HeadReduction",
     "LibraryNotBuiltError",
     "Statistic",
@@ -34,6 +38,8 @@ __all__ = [
     "build_priority",
     "compact_kv_",
     "gather_kv",
+    "key_diversity",
+    "mix_scores",
     "score_and_compact",
     "score_keys",
     "score_keys_by_text",

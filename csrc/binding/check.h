@@ -48,6 +48,9 @@ class Check {
   void priority(const std::optional<Tensor>& tensor, int64_t batch_size, int64_t num_heads,
                 int64_t kv_len, const Tensor& reference, const std::string& reference_name) const;
 
+  // A tensor [batch_size, num_heads, len, head_dim] whose rows can be scored.
+  void scorable(const Tensor& tensor, const std::string& argument) const;
+
   // A tensor whose elements can be moved as bytes.
   void movable(const Tensor& tensor, const std::string& argument) const;
 

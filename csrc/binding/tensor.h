@@ -7,6 +7,7 @@
 
 #include <optional>
 
+#include "core/dtype.h"
 #include "core/head_tensor.h"
 
 // Where the ops are registered: torch.ops.kvevict.
@@ -36,6 +37,15 @@ inline std::optional<Tensor> dense(const std::optional<Tensor>& tensor) {
 template <typename T>
 const T* data_or_null(const std::optional<Tensor>& tensor) {
   return tensor ? static_cast<const T*>(tensor->const_data_ptr()) : nullptr;
+}
+
+// The dtype of a tensor that scoring reads; it has been checked to be one.
+inline DType dtype_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Half: return DType::kFloat16;
+    case ScalarType::BFloat16: return DType::kBFloat16;
+    default: return DType::kFloat32;
+  }
 }
 
 inline HeadTensor head_tensor(const Tensor& tensor) {

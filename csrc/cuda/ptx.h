@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The only place with inline PTX: asynchronous copies, matrix multiply-accumulate, special stores.
-// tests/emulation has a file of the same name that does the same on the CPU.
+// The only place with inline PTX: asynchronous copies, matrix multiply-accumulate, conversions,
+// special stores. tests/emulation has a file of the same name that does the same on the CPU.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -86,6 +86,13 @@ __device__ __forceinline__ void mma_tf32(float (&d)[4], const uint32_t (&a)[4],
 __device__ __forceinline__ float exp2_approx(float x) {
   float result;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+
+// The value of a float16 given by its bits.
+__device__ __forceinline__ float fp16_to_float(uint16_t bits) {
+  float result;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(result) : "h"(bits));
   return result;
 }
 

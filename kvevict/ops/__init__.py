@@ -7,8 +7,10 @@ _library.load()
 from kvevict.ops.attention_lse import attention_lse  # noqa: E402
 from kvevict.ops.broadcast_indices import broadcast_indices  # noqa: E402
 from kvevict.ops.compact_kv import compact_kv_  # noqa: E402
-from kvevict.ops.enums import HeadReduction, Statistic  # noqa: E402
+from kvevict.ops.enums import DiversityReference, HeadReduction, Statistic  # noqa: E402
 from kvevict.ops.gather_kv import gather_kv  # noqa: E402
+from kvevict.ops.key_diversity import key_diversity  # noqa: E402
+from kvevict.ops.mix_scores import mix_scores  # noqa: E402
 from kvevict.ops.null import null  # noqa: E402
 from kvevict.ops.score_and_compact import score_and_compact  # noqa: E402
 from kvevict.ops.score_keys import score_keys  # noqa: E402
@@ -16,12 +18,15 @@ from kvevict.ops.score_keys_by_text import score_keys_by_text  # noqa: E402
 from kvevict.ops.select_topk import select_topk  # noqa: E402
 
 __all__ = [
+    "DiversityReference",
     "HeadReduction",
     "Statistic",
     "attention_lse",
     "broadcast_indices",
     "compact_kv_",
     "gather_kv",
+    "key_diversity",
+    "mix_scores",
     "null",
     "score_and_compact",
     "score_keys",

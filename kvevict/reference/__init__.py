@@ -10,6 +10,8 @@ from kvevict.reference.attention_lse import attention_lse
 from kvevict.reference.broadcast_indices import broadcast_indices
 from kvevict.reference.compact_kv import compact_kv_
 from kvevict.reference.gather_kv import gather_kv
+from kvevict.reference.key_diversity import key_diversity
+from kvevict.reference.mix_scores import mix_scores
 from kvevict.reference.null import null
 from kvevict.reference.score_and_compact import score_and_compact
 from kvevict.reference.score_keys import score_keys
@@ -21,6 +23,8 @@ __all__ = [
     "broadcast_indices",
     "compact_kv_",
     "gather_kv",
+    "key_diversity",
+    "mix_scores",
     "null",
     "score_and_compact",
     "score_keys",

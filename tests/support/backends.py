@@ -17,6 +17,8 @@ OPS = (
     "attention_lse",
     "score_keys",
     "score_keys_by_text",
+    "key_diversity",
+    "mix_scores",
     "select_topk",
     "broadcast_indices",
     "gather_kv",

@@ -43,6 +43,8 @@ inline float exp2_approx(float x) {
   return fabsf(result) < 0x1p-126f ? 0.0f : result;
 }
 
+inline float fp16_to_float(uint16_t bits) { return emulation::fp16_to_float(bits); }
+
 inline void store_streaming(void* global, uint4 value) {
   emulation::check_aligned(global, sizeof(value), "store_streaming");
   *static_cast<uint4*>(global) = value;
