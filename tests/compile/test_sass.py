@@ -22,6 +22,7 @@ EXPECTED = {
     ATTENTION + "<float": ["FFMA", SHARED_LOAD_16, ASYNC_COPY_16],
     r"move_rows_kernel<uint4": [ASYNC_COPY_16, STORE_16],
     r"select_short_kernel": [LOAD_16, SHARED_LOAD_16],
+    r"(sum_unit|compare)_keys_kernel": [LOAD_16],
 }
 
 

@@ -58,3 +58,9 @@ def test_samples(
 def test_selection_from_long_rows(emulator: ModuleType, pattern: str, kv_len: int) -> None:
     scores = PATTERNS[pattern]((1, 2, kv_len))
     assert_bit_equal(emulator, "select_topk", {"scores": scores, "k": kv_len // 3})
+
+
+@pytest.mark.parametrize("sample", ["full", "plain"])
+def test_mixing_of_long_rows(emulator: ModuleType, sample: str) -> None:
+    sizes = Sizes(batch_size=1, num_kv_heads=2, kv_len=8900)
+    assert_bit_equal(emulator, "mix_scores", make_sample("mix_scores", sample, sizes))

@@ -17,19 +17,18 @@ namespace {
 // Tuning.
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarpSize;
-constexpr int kUnroll = 4;  // keys of a thread that are read at a time
-// A sum of chunks costs each block of the second kernel as much as this many of its own keys.
-constexpr int64_t kMaxChunks = 128;
+constexpr int kBlocksPerSm = 3;  // that registers are for; without it ptxas spills to fit more
+constexpr int kUnroll = 4;       // keys of a thread that are read at a time
 constexpr int64_t kMinChunkKeys = 128;
+constexpr int64_t kMaxChunks = 128;  // few, since every block of the second kernel reads their sums
 constexpr int kElements = 8;  // of a key, per lane
 
-// Lanes that share a key, and the head_dim that they have room for.
-template <int kLanes_>
-struct KeyLanes {
-  static constexpr int kLanes = kLanes_;
-  static constexpr int kHeadDim = kLanes * kElements;
-  static constexpr int kKeys = kThreads / kLanes;  // side by side in a block
-};
+// kLanes lanes share a key: the head_dim that they have room for, and the keys side by side in a
+// block.
+template <int kLanes>
+inline constexpr int kHeadDim = kLanes * kElements;
+template <int kLanes>
+inline constexpr int kKeys = kThreads / kLanes;
 
 struct Chunks {
   int64_t num_chunks, chunk_keys;
@@ -50,11 +49,11 @@ struct Chunks {
 };
 
 // The keys of a block, shared out to its threads.
-template <DType dtype, typename Lanes>
+template <DType dtype, int kLanes>
 struct KeyPlace {
   const KeyDiversityParams& params;
   bool aligned;
-  int64_t head, chunk;  // of all heads
+  int64_t head, chunk;  // of all heads; of the head
   int64_t begin, end;   // of the chunk
   const char* rows;     // of this thread's elements
   const bool* mask;     // of the sequence, or null
@@ -76,12 +75,10 @@ struct KeyPlace {
         static_cast<const char*>(params.key.data) + (row + first_element()) * kElementBytes<dtype>;
   }
 
-  static __device__ __forceinline__ int lane() {
-    return static_cast<int>(threadIdx.x) % Lanes::kLanes;
-  }
+  static __device__ __forceinline__ int lane() { return static_cast<int>(threadIdx.x) % kLanes; }
   // Of the keys side by side, which one is this thread's.
   static __device__ __forceinline__ int key_in_block() {
-    return static_cast<int>(threadIdx.x) / Lanes::kLanes;
+    return static_cast<int>(threadIdx.x) / kLanes;
   }
   static __device__ __forceinline__ int first_element() { return lane() * kElements; }
 
@@ -89,12 +86,12 @@ struct KeyPlace {
   // key that is not real are zeros.
   template <typename F>
   __device__ __forceinline__ void visit(const F& f) const {
-    for (int64_t first = begin; first < end; first += kUnroll * Lanes::kKeys) {
+    for (int64_t first = begin; first < end; first += kUnroll * kKeys<kLanes>) {
       EightElements<dtype> loaded[kUnroll];
       bool real[kUnroll];
 #pragma unroll
       for (int i = 0; i < kUnroll; ++i) {
-        const int64_t key_index = first + i * Lanes::kKeys + key_in_block();
+        const int64_t key_index = first + i * kKeys<kLanes> + key_in_block();
         real[i] = key_index < end && (!mask || mask[key_index]);
         loaded[i] = {};
         if (real[i] && has_elements) {
@@ -105,36 +102,36 @@ struct KeyPlace {
       for (int i = 0; i < kUnroll; ++i) {
         float elements[kElements];
         loaded[i].to_floats(elements);
-        f(first + i * Lanes::kKeys + key_in_block(), real[i], elements);
+        f(first + i * kKeys<kLanes> + key_in_block(), real[i], elements);
       }
     }
   }
 };
 
 // The sum over the lanes that share a key; all of them get it.
-template <typename Lanes>
+template <int kLanes>
 __device__ __forceinline__ float sum_of_key(float value) {
 #pragma unroll
-  for (int distance = Lanes::kLanes / 2; distance > 0; distance /= 2) {
+  for (int distance = kLanes / 2; distance > 0; distance /= 2) {
     value += __shfl_xor_sync(kFullWarp, value, distance);
   }
   return value;
 }
 
-template <typename Lanes>
+template <int kLanes>
 struct SumShared {
-  float sums[Lanes::kKeys][Lanes::kHeadDim];
-  int32_t lens[Lanes::kKeys];
+  float sums[kKeys<kLanes>][kHeadDim<kLanes>];
+  int32_t lens[kKeys<kLanes>];
 };
 
 // Sums up the unit keys of a chunk and leaves their scales where their similarities will be.
 // grid: num_chunks per head
-template <DType dtype, typename Lanes>
-__global__ void __launch_bounds__(kThreads)
+template <DType dtype, int kLanes>
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     sum_unit_keys_kernel(const KeyDiversityParams params, const Chunks chunks, int64_t first_head,
                          bool aligned) {
-  auto& shared = shared_memory<SumShared<Lanes>>();
-  const KeyPlace<dtype, Lanes> place(params, chunks, first_head, aligned);
+  auto& shared = shared_memory<SumShared<kLanes>>();
+  const KeyPlace<dtype, kLanes> place(params, chunks, first_head, aligned);
   float* scales = params.similarity + place.head * params.kv_len;
   float sums[kElements] = {};
   int32_t len = 0;
@@ -142,7 +139,7 @@ __global__ void __launch_bounds__(kThreads)
     float squares = 0.0f;
 #pragma unroll
     for (int j = 0; j < kElements; ++j) squares = fmaf(key[j], key[j], squares);
-    squares = sum_of_key<Lanes>(squares);
+    squares = sum_of_key<kLanes>(squares);
     const float scale = real ? unit_scale(squares) : 0.0f;
     if (place.lane() == 0 && key_index < place.end) scales[key_index] = scale;
 #pragma unroll
@@ -159,37 +156,37 @@ __global__ void __launch_bounds__(kThreads)
   const auto head_dim = static_cast<int>(params.head_dim);
   if (static_cast<int>(threadIdx.x) < head_dim) {
     float sum = shared.sums[0][threadIdx.x];
-    for (int i = 1; i < Lanes::kKeys; ++i) sum += shared.sums[i][threadIdx.x];
+    for (int i = 1; i < kKeys<kLanes>; ++i) sum += shared.sums[i][threadIdx.x];
     chunks.sums[chunk * head_dim + threadIdx.x] = sum;
   }
   if (threadIdx.x == 0) {
     int32_t total = 0;
-    for (int i = 0; i < Lanes::kKeys; ++i) total += shared.lens[i];
+    for (int i = 0; i < kKeys<kLanes>; ++i) total += shared.lens[i];
     chunks.lens[chunk] = total;
   }
 }
 
-template <typename Lanes>
+template <int kLanes>
 struct CompareShared {
-  static constexpr int kParts = kThreads / Lanes::kHeadDim;
-  float parts[kParts][Lanes::kHeadDim];  // sums of every kParts-th chunk
+  static constexpr int kParts = kThreads / kHeadDim<kLanes>;
+  float parts[kParts][kHeadDim<kLanes>];  // sums of every kParts-th chunk
   double squares[kWarps];
 };
 
 // Turns the scales of a chunk into similarities. grid: num_chunks per head
-template <DType dtype, typename Lanes>
-__global__ void __launch_bounds__(kThreads)
+template <DType dtype, int kLanes>
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     compare_keys_kernel(const KeyDiversityParams params, const Chunks chunks, int64_t first_head,
                         bool aligned) {
-  auto& shared = shared_memory<CompareShared<Lanes>>();
-  constexpr int kParts = CompareShared<Lanes>::kParts;
-  const KeyPlace<dtype, Lanes> place(params, chunks, first_head, aligned);
+  auto& shared = shared_memory<CompareShared<kLanes>>();
+  constexpr int kParts = CompareShared<kLanes>::kParts;
+  const KeyPlace<dtype, kLanes> place(params, chunks, first_head, aligned);
   const auto num_chunks = static_cast<int>(chunks.num_chunks);
   const auto head_dim = static_cast<int>(params.head_dim);
 
   // The sum over all chunks, a column per thread.
-  const int column = static_cast<int>(threadIdx.x) % Lanes::kHeadDim;
-  const int part = static_cast<int>(threadIdx.x) / Lanes::kHeadDim;
+  const int column = static_cast<int>(threadIdx.x) % kHeadDim<kLanes>;
+  const int part = static_cast<int>(threadIdx.x) / kHeadDim<kLanes>;
   const float* sums = chunks.sums + place.head * num_chunks * head_dim + column;
   float sum = 0.0f;
 #pragma unroll 8
@@ -233,7 +230,7 @@ __global__ void __launch_bounds__(kThreads)
     float product = 0.0f;
 #pragma unroll
     for (int j = 0; j < kElements; ++j) product = fmaf(key[j], mean[j], product);
-    product = sum_of_key<Lanes>(product);
+    product = sum_of_key<kLanes>(product);
     if (place.lane() == 0 && real) similarity[key_index] *= product;
   });
 }
@@ -251,7 +248,7 @@ int64_t heads_per_group(const KeyDiversityParams& params, int64_t element_bytes)
   return (params.num_heads() + num_groups - 1) / num_groups;
 }
 
-template <DType dtype, typename Lanes>
+template <DType dtype, int kLanes>
 cudaError_t launch_groups(const KeyDiversityParams& params, const Chunks& chunks,
                           cudaStream_t stream) {
   const bool aligned = rows_aligned(params.key, kElementBytes<dtype>);
@@ -261,10 +258,10 @@ cudaError_t launch_groups(const KeyDiversityParams& params, const Chunks& chunks
   for (int64_t head = 0; head < num_heads && error == cudaSuccess; head += step) {
     const int64_t num_blocks = std::min(step, num_heads - head) * chunks.num_chunks;
     const dim3 grid(static_cast<unsigned>(num_blocks)), block(kThreads);
-    error = launch(sum_unit_keys_kernel<dtype, Lanes>, {grid, block, sizeof(SumShared<Lanes>)},
+    error = launch(sum_unit_keys_kernel<dtype, kLanes>, {grid, block, sizeof(SumShared<kLanes>)},
                    stream, params, chunks, head, aligned);
     if (error != cudaSuccess) break;
-    error = launch(compare_keys_kernel<dtype, Lanes>, {grid, block, sizeof(CompareShared<Lanes>)},
+    error = launch(compare_keys_kernel<dtype, kLanes>, {grid, block, sizeof(CompareShared<kLanes>)},
                    stream, params, chunks, head, aligned);
   }
   return error;
@@ -284,8 +281,8 @@ int KeyDiversity::launch_cuda(const KeyDiversityParams& params, void* workspace,
   cudaError_t error = cudaSuccess;
   dispatch_dtype(params.dtype, [&](auto dtype) {
     (void)dispatch_value<8, 16, 32>(lanes, [&](auto num_lanes) {
-      error = launch_groups<dtype.value, KeyLanes<num_lanes.value>>(
-          params, chunks, static_cast<cudaStream_t>(stream));
+      error = launch_groups<dtype.value, num_lanes.value>(params, chunks,
+                                                          static_cast<cudaStream_t>(stream));
     });
   });
   return error;
