@@ -13,6 +13,7 @@ from tests.support.scoring import attention_arguments, every_padded_shape, shape
 from tests.support.shapes import Shape
 
 OP = "key_diversity"
+SEVERAL_HEADS = Shape("several_heads", 3, 2, 2, 1, 600, 24, hole_every=7)
 COSINES = 1.0  # the most that the terms of a cosine add up to
 
 
@@ -66,11 +67,12 @@ def test_padding_may_hold_anything(backend: Backend, shape: Shape) -> None:
     assert not expected[0].masked_fill(key_mask[:, None], 0).any()
 
 
-def test_threads_that_share_a_head(backend: Backend) -> None:
+@pytest.mark.parametrize("shape", [shapes.VERY_LONG, SEVERAL_HEADS], ids=str)
+def test_threads_that_share_heads(backend: Backend, shape: Shape) -> None:
     """Whole heads per thread or parts of them: the same sums."""
-    arguments = key_arguments(shapes.VERY_LONG, backend.device)
+    arguments = key_arguments(shape, backend.device)
     expected = compute(backend, **arguments)
-    for count in (2, 3, 8):
+    for count in (2, 5, 16):
         with num_threads(count):
             assert_same_bytes(compute(backend, **arguments), expected, f"{count} threads")
 
