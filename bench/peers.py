@@ -114,6 +114,38 @@ def tgv_scores(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return scores, mean_attention.sum(1, keepdim=True), row_weights
 
 
+# --- diversity -----------------------------------------------------------------------------------
+
+
+def key_diversity(key: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean cosines in the dtype of the keys, as kvpress' KeyDiff and MixKV compute them.
+
+    Returns similarity [batch_size, num_kv_heads, kv_len] and redundancy [.., num_kv_heads].
+    """
+    kv_len = key.shape[2]
+    unit = F.normalize(key, dim=-1)
+    mean = unit.mean(2, keepdim=True)
+    similarity = (unit * mean).sum(-1)
+    square = mean.float().square().sum((2, 3))
+    return similarity, ((kv_len * square - 1) / (kv_len - 1)).clamp(0, 1)
+
+
+def mix_scores(
+    scores: Tensor, similarity: Tensor, value_norm: Tensor, redundancy: Tensor
+) -> Tensor:
+    """The composite score of MixKV, all keys candidates."""
+
+    def scaled(values: Tensor, mean: Tensor) -> Tensor:
+        low, high = values.amin(-1, keepdim=True), values.amax(-1, keepdim=True)
+        unit = (values - low) / (high - low + 1e-8)
+        return unit * mean / (unit.mean(-1, keepdim=True) + 1e-8)
+
+    mean = scores.mean(-1, keepdim=True)
+    weight = redundancy.unsqueeze(-1)
+    importance = scores + scaled(value_norm, mean)
+    return weight * scaled(-similarity, mean) + (1 - weight) * importance
+
+
 # --- selection -----------------------------------------------------------------------------------
 
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvevict._library import LibraryNotBuiltError, build_info
 from kvevict.ops import (
+    DiversityReference,
     HeadReduction,
     Statistic,
     accumulate_scores_,
@@ -14,6 +15,8 @@ from kvevict.ops import (
     compact_kv_,
     evict_slots_,
     gather_kv,
+    key_diversity,
+    mix_scores,
     rerotate_keys_,
     score_and_compact,
     score_keys,
@@ -30,6 +33,7 @@ if TYPE_CHECKING:
 __version__: str = build_info()["version"]
 
 __all__ = [
+    "DiversityReference",
     "HeadReduction",
     "LibraryNotBuiltError",
     "Statistic",
@@ -41,6 +45,8 @@ __all__ = [
     "compact_kv_",
     "evict_slots_",
     "gather_kv",
+    "key_diversity",
+    "mix_scores",
     "rerotate_keys_",
     "score_and_compact",
     "score_keys",

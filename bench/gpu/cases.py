@@ -33,6 +33,8 @@ from bench.ops import (
     bench_compact_kv,
     bench_evict_slots,
     bench_gather_kv,
+    bench_key_diversity,
+    bench_mix_scores,
     bench_rerotate_keys,
     bench_score_and_compact,
     bench_score_keys,
@@ -160,6 +162,19 @@ def score_keys_by_text(shape: Workload, *, compiled: bool = False) -> Case:
     return with_goals(case, times_faster("eager", 15), compiled=compiled)
 
 
+def key_diversity(shape: Workload, *, compiled: bool = False) -> Case:
+    """Mean cosines; the goal counts one read of the keys."""
+    case = bench_key_diversity.make_case(shape, BF16)
+    return with_goals(case, fraction_of_peak(0.8), compiled=compiled)
+
+
+def mix_scores(shape: Workload, *, compiled: bool = False) -> Case:
+    """The scores of MixKV."""
+    return with_goals(
+        bench_mix_scores.make_case(shape), as_fast_as_the_best_peer(), compiled=compiled
+    )
+
+
 def select_topk(shape: Workload, percent: int) -> Case:
     """Ascending lists."""
     case = bench_select_topk.make_case(shape, percent)
@@ -247,6 +262,9 @@ def make_cases(dry_run: bool) -> list[Callable[[], Case]]:
     add(select_threshold, b32k, 20)
     for shape in deep:
         add(score_keys_by_text, shape)
+    for shape in (*deep, b128k):
+        add(key_diversity, shape)
+        add(mix_scores, shape)
     # One layer a call, as a model runs them; with the compiled peers.
     for shape in (a32, b32k, a8):
         compiled = not dry_run and shape is not a8
@@ -254,6 +272,8 @@ def make_cases(dry_run: bool) -> list[Callable[[], Case]]:
         add(score_keys, shape, given_lse=False, compiled=compiled)
         add(score_keys_by_text, shape, compiled=compiled)
         add(score_and_compact, shape, compiled=compiled)
+        add(key_diversity, shape, compiled=compiled)
+        add(mix_scores, shape, compiled=compiled)
     for shape in single:
         add(bench_attention_lse.make_case, shape, BF16)
     for shape in (c, *deep):

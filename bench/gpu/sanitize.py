@@ -55,9 +55,10 @@ def calls(device: str, brief: bool) -> Iterator[tuple[str, str, Arguments]]:
             arguments = in_dtype(make_sample(op, sample, sizes), dtype)
             yield op, f"{sample}, {variant}", to_device(arguments, device)
     if not brief:
-        for sample in ("full", "plain"):
-            arguments = make_sample("select_topk", sample, LONG_ROW)
-            yield "select_topk", f"{sample}, long row", to_device(arguments, device)
+        for op in ("mix_scores", "select_topk"):
+            for sample in ("full", "plain"):
+                arguments = make_sample(op, sample, LONG_ROW)
+                yield op, f"{sample}, long row", to_device(arguments, device)
 
 
 def to_device(arguments: Arguments, device: str) -> Arguments:

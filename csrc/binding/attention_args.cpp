@@ -11,14 +11,8 @@ AttentionArgs check_attention(const Check& check, const Tensor& query, const Ten
                               const std::optional<Tensor>& key_mask, std::optional<double> sm_scale,
                               bool causal) {
   constexpr auto kAny = Check::kAny;
-  check.dtype(query, "query", {ScalarType::Float, ScalarType::Half, ScalarType::BFloat16});
-  check.shape(query, "query", {kAny, kAny, kAny, kAny});
-  check.contiguous_last_dim(query, "query");
+  check.scorable(query, "query");
   const int64_t head_dim = query.size(3);
-  if (head_dim < 8 || head_dim > 256 || head_dim % 8 != 0) {
-    check.fail("query", "have a head_dim that is a multiple of 8 up to 256",
-               std::to_string(head_dim));
-  }
   check.companion(key, "key", query.scalar_type(), {query.size(0), kAny, kAny, head_dim}, query,
                   "query");
   check.contiguous_last_dim(key, "key");

@@ -280,6 +280,16 @@ void Check::values_in_range(const Tensor& tensor, const Argument& argument, int6
   }
 }
 
+void Check::scorable(const Tensor& tensor, const Argument& argument) const {
+  dtype(tensor, argument, {ScalarType::Float, ScalarType::Half, ScalarType::BFloat16});
+  shape(tensor, argument, {kAny, kAny, kAny, kAny});
+  contiguous_last_dim(tensor, argument);
+  const int64_t head_dim = tensor.size(3);
+  if (head_dim < 8 || head_dim > 256 || head_dim % 8 != 0) {
+    fail(argument, "have a head_dim that is a multiple of 8 up to 256", std::to_string(head_dim));
+  }
+}
+
 void Check::movable(const Tensor& tensor, const Argument& argument) const {
   const auto bytes = tensor.element_size();
   if (bytes != 1 && bytes != 2 && bytes != 4 && bytes != 8) {

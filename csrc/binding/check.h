@@ -87,6 +87,9 @@ class Check {
   void values_in_range(const Tensor& tensor, const Argument& argument, int64_t low,
                        int64_t high) const;
 
+  // A tensor [batch_size, num_heads, len, head_dim] whose rows can be scored.
+  void scorable(const Tensor& tensor, const Argument& argument) const;
+
   // A tensor whose elements can be moved as bytes.
   void movable(const Tensor& tensor, const Argument& argument) const;
 

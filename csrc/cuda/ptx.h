@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The only place with inline PTX: asynchronous copies, matrix multiply-accumulate, special stores.
-// tests/emulation has a file of the same name that does the same on the CPU.
+// The only place with inline PTX: asynchronous copies, matrix multiply-accumulate, conversions,
+// special stores. tests/emulation has a file of the same name that does the same on the CPU.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -8,9 +8,11 @@ from kvevict.ops.accumulate_scores import accumulate_scores_  # noqa: E402
 from kvevict.ops.attention_lse import attention_lse  # noqa: E402
 from kvevict.ops.broadcast_indices import broadcast_indices  # noqa: E402
 from kvevict.ops.compact_kv import compact_kv_  # noqa: E402
-from kvevict.ops.enums import HeadReduction, Statistic  # noqa: E402
+from kvevict.ops.enums import DiversityReference, HeadReduction, Statistic  # noqa: E402
 from kvevict.ops.evict_slots import evict_slots_  # noqa: E402
 from kvevict.ops.gather_kv import gather_kv  # noqa: E402
+from kvevict.ops.key_diversity import key_diversity  # noqa: E402
+from kvevict.ops.mix_scores import mix_scores  # noqa: E402
 from kvevict.ops.null import null  # noqa: E402
 from kvevict.ops.rerotate_keys import rerotate_keys_  # noqa: E402
 from kvevict.ops.score_and_compact import score_and_compact  # noqa: E402
@@ -20,6 +22,7 @@ from kvevict.ops.select_threshold import select_threshold  # noqa: E402
 from kvevict.ops.select_topk import select_topk  # noqa: E402
 
 __all__ = [
+    "DiversityReference",
     "HeadReduction",
     "Statistic",
     "accumulate_scores_",
@@ -28,6 +31,8 @@ __all__ = [
     "compact_kv_",
     "evict_slots_",
     "gather_kv",
+    "key_diversity",
+    "mix_scores",
     "null",
     "rerotate_keys_",
     "score_and_compact",

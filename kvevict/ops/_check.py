@@ -101,6 +101,15 @@ class Check:
         self.dtype(tensor, argument, dtype)
         self.shape(tensor, argument, *shape)
 
+    def scorable(self, tensor: Tensor, argument: str) -> None:
+        """Checks a tensor [batch_size, num_heads, len, head_dim] whose rows are scored."""
+        self.dtype(tensor, argument, torch.float32, torch.float16, torch.bfloat16)
+        self.shape(tensor, argument, ANY, ANY, ANY, ANY)
+        self.contiguous_last_dim(tensor, argument)
+        head_dim = tensor.shape[3]
+        fits = (head_dim >= 8) & (head_dim <= 256) & (head_dim % 8 == 0)
+        self.require(fits, argument, "have a head_dim that is a multiple of 8 up to 256", head_dim)
+
     def movable(self, tensor: Tensor, argument: str) -> None:
         if tensor.element_size() not in (1, 2, 4, 8):
             self.fail(argument, "have elements of 1, 2, 4 or 8 bytes", _dtype_name(tensor.dtype))
@@ -115,12 +124,8 @@ def check_attention(
     sm_scale: float | None,
     causal: bool,
 ) -> None:
-    check.dtype(query, "query", torch.float32, torch.float16, torch.bfloat16)
-    check.shape(query, "query", ANY, ANY, ANY, ANY)
-    check.contiguous_last_dim(query, "query")
+    check.scorable(query, "query")
     batch_size, num_qo_heads, qo_len, head_dim = query.shape
-    fits = (head_dim >= 8) & (head_dim <= 256) & (head_dim % 8 == 0)
-    check.require(fits, "query", "have a head_dim that is a multiple of 8 up to 256", head_dim)
     check.companion(key, "key", query.dtype, (batch_size, ANY, ANY, head_dim), query, "query")
     check.contiguous_last_dim(key, "key")
     num_kv_heads, kv_len = key.shape[1:3]

@@ -13,6 +13,13 @@ class Statistic(IntEnum):
     SUM_OF_SQUARES = 2
 
 
+class DiversityReference(IntEnum):
+    """The mean over keys that `mix_scores` scales the diversity to."""
+
+    ATTENTION = 0
+    IMPORTANCE = 1
+
+
 class HeadReduction(IntEnum):
     """How the scores of the query heads become the scores of one list."""
 

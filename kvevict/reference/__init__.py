@@ -12,6 +12,8 @@ from kvevict.reference.broadcast_indices import broadcast_indices
 from kvevict.reference.compact_kv import compact_kv_
 from kvevict.reference.evict_slots import evict_slots_
 from kvevict.reference.gather_kv import gather_kv
+from kvevict.reference.key_diversity import key_diversity
+from kvevict.reference.mix_scores import mix_scores
 from kvevict.reference.null import null
 from kvevict.reference.rerotate_keys import rerotate_keys_
 from kvevict.reference.score_and_compact import score_and_compact
@@ -27,6 +29,8 @@ __all__ = [
     "compact_kv_",
     "evict_slots_",
     "gather_kv",
+    "key_diversity",
+    "mix_scores",
     "null",
     "rerotate_keys_",
     "score_and_compact",

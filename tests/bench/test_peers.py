@@ -44,6 +44,16 @@ def test_scores_by_text() -> None:
         check_close("eager", part, wanted, torch.float32)
 
 
+def test_diversity() -> None:
+    key = attention_inputs(SMALL, torch.float32).key + 1
+    similarity, redundancy = reference.key_diversity(key)
+    actual = peers.key_diversity(key)
+    check_close("eager", actual[0], similarity, torch.float32)
+    check_close("eager", actual[1], redundancy, torch.float32)
+    inputs = (torch.rand_like(actual[0]), *torch.rand(2, *actual[0].shape), actual[1])
+    check_close("eager", peers.mix_scores(*inputs), reference.mix_scores(*inputs), torch.float32)
+
+
 def test_moves() -> None:
     x = cache_inputs(SMALL, 20, torch.bfloat16)
     keys, values = reference.gather_kv(x.keys, x.values, x.kept_indices)

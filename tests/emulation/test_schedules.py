@@ -67,3 +67,9 @@ def test_long_lists(emulator: ModuleType, op: str) -> None:
     lens = (2900, 2400)
     arguments = moving_arguments("cpu", (2, 1), k=2900, lens=lens, kv_len=3000, num_layers=1)
     assert_bit_equal(emulator, op, arguments)
+
+
+@pytest.mark.parametrize("sample", ["full", "plain"])
+def test_mixing_of_long_rows(emulator: ModuleType, sample: str) -> None:
+    sizes = Sizes(batch_size=1, num_kv_heads=2, kv_len=8900)
+    assert_bit_equal(emulator, "mix_scores", make_sample("mix_scores", sample, sizes))

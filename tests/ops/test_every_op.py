@@ -36,7 +36,7 @@ def larger(device: str) -> Sizes:
 
 
 def test_samples_cover_the_ops() -> None:
-    enums = {"HeadReduction", "Statistic"}
+    enums = {"DiversityReference", "HeadReduction", "Statistic"}
     assert set(SAMPLES) == set(OPS) == set(reference.__all__) == set(ops.__all__) - enums
 
 

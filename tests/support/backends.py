@@ -18,6 +18,8 @@ OPS = (
     "attention_lse",
     "score_keys",
     "score_keys_by_text",
+    "key_diversity",
+    "mix_scores",
     "select_threshold",
     "select_topk",
     "broadcast_indices",

@@ -59,7 +59,7 @@ def to_cpu(tree: Any) -> Any:
 
 
 def assert_matches_oracle(
-    backend: Backend, op: str, arguments: Arguments, *, extreme: bool = False
+    backend: Backend, op: str, arguments: Arguments, *, extreme: bool = False, terms: float = 0.0
 ) -> Any:
     """Call an op that writes no argument, compare with its oracle, return what it returned."""
     actual = backend.op(op)(**arguments)
@@ -69,7 +69,7 @@ def assert_matches_oracle(
     if extreme:
         plain = pytree.tree_leaves(in_input_precision(oracle, **on_cpu))
     for a, e, p in zip(pytree.tree_leaves(actual), expected, plain, strict=True):
-        assert_scores_close(a, e, p)
+        assert_scores_close(a, e, p, terms=terms)
     return actual
 
 

@@ -130,17 +130,34 @@ def _tensor(op: str, argument: str, wrong_dtype: torch.dtype, **cases: Change) -
     yield from _rows(op, argument, common | cases)
 
 
+# What a query or key refuses that comes first.
+SCORABLE: dict[str, Change] = {
+    "rank": drop(0),
+    "float64": cast(torch.float64),
+    "int32": cast(torch.int32),
+    "strided": spread,
+    "head_dim_12": lambda rows: rows[..., :12],
+    "head_dim_264": lambda rows: rows.new_zeros(*rows.shape[:3], 264),
+}
+
+
+SCORES: dict[str, Change] = {
+    "rank": drop(0),
+    "float16": cast(torch.float16),
+    "float64": cast(torch.float64),
+}
+
+
+def _key_mask(op: str) -> Iterator[Refusal]:
+    yield from _tensor(op, "key_mask", torch.uint8, batch_size=shorten(0), kv_len=shorten(1))
+
+
 def _query_and_key(op: str) -> Iterator[Refusal]:
     yield from _rows(
         op,
         "query",
         {
-            "rank": drop(0),
-            "float64": cast(torch.float64),
-            "int32": cast(torch.int32),
-            "strided": spread,
-            "head_dim_12": lambda query: query[..., :12],
-            "head_dim_264": lambda query: query.new_zeros(*query.shape[:3], 264),
+            **SCORABLE,
             "heads": shorten(1),
             "longer_than_key": lengthen(2, 3),
         },
@@ -157,7 +174,7 @@ def _query_and_key(op: str) -> Iterator[Refusal]:
             "head_dim": shorten(3),
         },
     )
-    yield from _tensor(op, "key_mask", torch.uint8, batch_size=shorten(0), kv_len=shorten(1))
+    yield from _key_mask(op)
     yield from _rows(op, "sm_scale", {"nan": to(float("nan")), "inf": to(float("inf"))})
 
 
@@ -321,13 +338,31 @@ def _score_keys_by_text() -> Iterator[Refusal]:
     yield from _rows_that_vote("score_keys_by_text")
 
 
+def _key_diversity() -> Iterator[Refusal]:
+    yield from _rows("key_diversity", "key", SCORABLE)
+    yield from _key_mask("key_diversity")
+
+
+def _mix_scores() -> Iterator[Refusal]:
+    op = "mix_scores"
+    yield from _rows(op, "scores", SCORES)
+    for argument in ("similarity", "value_norm"):
+        yield from _tensor(
+            op,
+            argument,
+            torch.float64,
+            batch_size=shorten(0),
+            heads=lengthen(1),
+            kv_len=shorten(2),
+        )
+    yield from _tensor(op, "redundancy", torch.float64, batch_size=shorten(0), heads=shorten(1))
+    yield from _priorities(op)
+    yield from _rows(op, "diversity_reference", {"below": to(-1), "above": to(2)})
+
+
 def _select_topk() -> Iterator[Refusal]:
     op = "select_topk"
-    yield from _rows(
-        op,
-        "scores",
-        {"rank": drop(0), "float16": cast(torch.float16), "float64": cast(torch.float64)},
-    )
+    yield from _rows(op, "scores", SCORES)
     yield from _rows(op, "k", {"negative": to(-1), "huge": to(2**31), "largest": to(2**63 - 1)})
     yield from _tensor(op, "row_k", torch.int64, batch_size=shorten(0), heads=shorten(1))
     yield from _rows(
@@ -521,6 +556,8 @@ REFUSALS: tuple[Refusal, ...] = tuple(
         _attention_lse,
         _score_keys,
         _score_keys_by_text,
+        _key_diversity,
+        _mix_scores,
         _select_topk,
         _select_threshold,
         _broadcast_indices,

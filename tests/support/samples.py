@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvevict.ops.enums import HeadReduction, Statistic
+from kvevict.ops.enums import DiversityReference, HeadReduction, Statistic
 from tests.support.shapes import make_lists, make_rows, make_tensor
 
 Arguments = dict[str, Any]
@@ -65,6 +65,17 @@ class Sizes:
     def scores(self) -> Tensor:
         size = (self.batch_size, self.num_kv_heads, self.kv_len)
         return torch.randn(size, device=self.device)
+
+    def mixed_scores(self) -> Arguments:
+        size = (self.batch_size, self.num_kv_heads, self.kv_len)
+        similarity, value_norm = torch.rand(2, *size, device=self.device)
+        redundancy = torch.rand(size[:2], device=self.device)
+        return {
+            "scores": self.scores(),
+            "similarity": similarity,
+            "value_norm": value_norm,
+            "redundancy": redundancy,
+        }
 
     def priority(self, *heads: int) -> Tensor:
         size = (self.batch_size, *heads, self.kv_len)
@@ -246,6 +257,19 @@ SAMPLES: dict[str, dict[str, Maker]] = {
     "score_keys_by_text": {
         "full": lambda s: {**s.attention(), **s.attention_options(), **s.voting_rows()},
         "plain": lambda s: {**s.attention(), "row_index": s.row_index()},
+    },
+    "key_diversity": {
+        "full": lambda s: {"key": s.cache(), "key_mask": s.key_mask()},
+        "plain": lambda s: {"key": s.cache()},
+    },
+    "mix_scores": {
+        "full": lambda s: {
+            **s.mixed_scores(),
+            "priority": s.priority(),
+            "diversity_reference": DiversityReference.IMPORTANCE,
+        },
+        "plain": lambda s: s.mixed_scores(),
+        "priority_per_head": lambda s: {**s.mixed_scores(), "priority": s.priority(s.num_kv_heads)},
     },
     "select_topk": {
         "full": lambda s: {

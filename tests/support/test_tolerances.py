@@ -40,6 +40,13 @@ def test_rule_of_twice_the_plain_error() -> None:
         assert_scores_close(off_by(0, 2e-7), EXPECTED, EXPECTED)
 
 
+def test_rule_of_terms_that_cancel() -> None:
+    assert_scores_close(off_by(0, 1.9e-6), EXPECTED, terms=2.0)
+    for wrong, terms in ((off_by(0, 2.2e-6), 2.0), (off_by(0, 1.9e-6), 1.0)):
+        with pytest.raises(AssertionError, match="is allowed"):
+            assert_scores_close(wrong, EXPECTED, terms=terms)
+
+
 @pytest.mark.parametrize("plain", [None, EXPECTED], ids=["relative", "twice_plain"])
 def test_one_wrong_element_is_enough(plain: torch.Tensor | None) -> None:
     for place in range(4):

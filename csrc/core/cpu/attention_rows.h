@@ -56,16 +56,6 @@ struct ProductOf<DType::kBFloat16> {
 #endif
 
 template <DType dtype>
-inline constexpr int64_t kElementBytes = dtype == DType::kFloat32 ? 4 : 2;
-
-template <DType dtype>
-inline const void* element_address(const HeadTensor& tensor, int64_t batch, int64_t head,
-                                   int64_t index) {
-  return static_cast<const std::byte*>(tensor.data) +
-         tensor.offset(batch, head, index) * kElementBytes<dtype>;
-}
-
-template <DType dtype>
 inline int64_t packed_depth(const AttentionParams& attention) {
   return attention.head_dim / ProductOf<dtype>::type::kElements;
 }

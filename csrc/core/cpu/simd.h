@@ -11,6 +11,7 @@
 #include <immintrin.h>
 
 #include "core/dtype.h"
+#include "core/head_tensor.h"
 
 namespace kvevict {
 inline namespace KVEVICT_ISA {
@@ -27,6 +28,7 @@ typedef float Vec __attribute__((vector_size(kLanes * sizeof(float))));
 typedef int32_t IntVec __attribute__((vector_size(kLanes * sizeof(int32_t))));
 typedef uint32_t UintVec __attribute__((vector_size(kLanes * sizeof(uint32_t))));
 typedef uint16_t HalfBits __attribute__((vector_size(kLanes * sizeof(uint16_t))));
+typedef uint8_t Bytes __attribute__((vector_size(kLanes)));
 
 template <typename To, typename From>
 inline To bit_cast(const From& from) {
@@ -48,6 +50,20 @@ inline void store(T* destination, const V& v) {
   memcpy(destination, &v, sizeof(v));
 }
 
+// The first elements of a vector, count of them or all; zeros behind them.
+template <typename V, typename T>
+inline V load_up_to(const T* source, int64_t count) {
+  if (count >= kLanes) return load<V>(source);
+  V v = {};
+  memcpy(&v, source, count * sizeof(T));
+  return v;
+}
+template <typename V, typename T>
+inline void store_up_to(T* destination, int64_t count, const V& v) {
+  if (count >= kLanes) return store(destination, v);
+  memcpy(destination, &v, count * sizeof(T));
+}
+
 inline Vec broadcast(float x) { return x - Vec{}; }
 inline IntVec broadcast(int32_t x) { return x - IntVec{}; }
 inline UintVec broadcast(uint32_t x) { return x - UintVec{}; }
@@ -56,6 +72,11 @@ inline IntVec lane_indices() {
   IntVec v;
   for (int i = 0; i < kLanes; ++i) v[i] = i;
   return v;
+}
+
+// Whether a lane is one of the first `count`.
+inline IntVec first_lanes(int64_t count) {
+  return lane_indices() < static_cast<int32_t>(count < kLanes ? count : kLanes);
 }
 
 inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
@@ -117,6 +138,13 @@ inline Vec exp2(Vec t) {
 #endif
 }
 
+template <DType dtype>
+inline const void* element_address(const HeadTensor& tensor, int64_t batch, int64_t head,
+                                   int64_t index) {
+  return static_cast<const char*>(tensor.data) +
+         tensor.offset(batch, head, index) * kElementBytes<dtype>;
+}
+
 // kLanes elements of a tensor as floats.
 template <DType dtype>
 inline Vec load_as_float(const void* source, int64_t index) {
@@ -124,6 +152,11 @@ inline Vec load_as_float(const void* source, int64_t index) {
     return load<Vec>(static_cast<const float*>(source) + index);
   } else {
     const auto half = load<HalfBits>(static_cast<const uint16_t*>(source) + index);
+#if defined(__AVX512F__)
+    if constexpr (dtype == DType::kFloat16) return (Vec)_mm512_cvtph_ps((__m256i)half);
+#elif defined(__F16C__)
+    if constexpr (dtype == DType::kFloat16) return (Vec)_mm256_cvtph_ps((__m128i)half);
+#endif
     const auto bits = __builtin_convertvector(half, UintVec);
     if constexpr (dtype == DType::kBFloat16) {
       return bit_cast<Vec>(bits << 16);
@@ -210,6 +243,20 @@ inline void transpose(Vec (&rows)[kLanes]) {
 #pragma GCC unroll 16
     for (int i = 0; i < kLanes; ++i) rows[i] = next[i];
   }
+}
+
+// Lane i is reduce_add(rows[i]): as the transpose, but every round adds what it has shuffled.
+inline Vec reduce_add(Vec (&rows)[kLanes]) {
+  using Lanes = std::make_integer_sequence<int, kLanes>;
+#pragma GCC unroll 4
+  for (int half = kLanes / 2; half > 0; half /= 2) {
+#pragma GCC unroll 8
+    for (int i = 0; i < half; ++i) {
+      rows[i] = detail::interleave(rows[i], rows[i + half], 0, Lanes{}) +
+                detail::interleave(rows[i], rows[i + half], 1, Lanes{});
+    }
+  }
+  return rows[0];
 }
 
 }  // namespace KVEVICT_ISA

@@ -40,7 +40,7 @@ inline float exp2_approx(float x) {
   return fabsf(result) < 0x1p-126f ? 0.0f : result;
 }
 
-inline float fp16_to_float(uint16_t bits) { return std::bit_cast<_Float16>(bits); }
+inline float fp16_to_float(uint16_t bits) { return emulation::fp16_to_float(bits); }
 inline uint32_t pack_fp16(float low, float high) {
   const auto bits = [](float x) { return std::bit_cast<uint16_t>(static_cast<_Float16>(x)); };
   return bits(low) | static_cast<uint32_t>(bits(high)) << 16;
