@@ -102,7 +102,7 @@ def test_bad_values_are_safe_on_cuda(
 
 
 @pytest.mark.parametrize("case", range(3))
-@pytest.mark.parametrize("op", WRITING)
+@pytest.mark.parametrize("op", [op for op in WRITING if len(written_arguments(op)) == 2])
 def test_key_and_value_that_overlap(backend: Backend, op: str, case: int) -> None:
     _, arguments = list(overlapping_arguments(op, backend.device))[case]
     refused(backend, op, arguments, "values" if "values" in arguments else "value")
