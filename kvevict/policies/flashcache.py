@@ -1,4 +1,4 @@
-"""FlashCache: tokens that deviate from the smooth part of keys and values stay (arXiv 2511.16786)."""
+"""FlashCache: what deviates from the smooth part of keys and values stays (arXiv 2511.16786)."""
 
 from __future__ import annotations
 
