@@ -35,6 +35,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "chunkkv": {"window": 8, "chunk_len": 4},
     "corm": {"keep": 0.6, "window": 8, "num_recent": 8},
     "dbudgetkv": {"keep": 0.6, "num_full": 1, "tolerance": 0.1},
+    "mixkv": {"window": 8, "host": "adakv"},
     "pyramidkv": {"window": 6, "num_sink": 2},
     "random": {"per_head": True},
     "snapkv": {"window": 8},
