@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import kvevict
 from kvevict import policies, reference
 from kvevict.ops.enums import HeadReduction
-from kvevict.policies import TGVKV, LayerScores, SnapKV, get
+from kvevict.policies import TGVKV, LayerScores, MixKV, SnapKV, get
 from kvevict.policies.snapkv import pool_scores
 from tests.policies.cases import PROMPTS, kept_lists, make_layers, make_prompt, observe_all
 
@@ -258,6 +258,10 @@ def test_a_forced_sink_survives_a_window_that_ignores_it() -> None:
         (lambda: get("dbudgetkv", tolerance=2), r"tolerance must be in \[0, 1\]"),
         (lambda: get("flashcache", keep=0.1, cutoff=-0.1), r"cutoff must be in \[0, 1\]"),
         (lambda: get("h2o", keep=0.1, recent_share=True), "recent_share must be in"),
+        (lambda: get("mixkv", host="h2o", keep=0.1), "host of mixkv must be one of"),
+        (lambda: get("mixkv", keep=0.1, window=0), "SnapKV: window must be an int"),
+        (lambda: MixKV(get("chunkkv", keep=0.1)), "MixKV: host must be SnapKV, PyramidKV or AdaKV"),  # type: ignore[arg-type]
+        (lambda: MixKV(get("tova", keep=0.1)), "MixKV: host must be SnapKV, PyramidKV or AdaKV"),  # type: ignore[arg-type]
         (lambda: get("prefixkv", keep=0.1, num_recent=0.5), "num_recent must be an int"),
         (lambda: get("pyramidkv", keep=0.1, beta=0), "beta must be an int of at least 1"),
         (lambda: get("pyramidkv", keep=0.1, accounting="x"), "'original' or 'kvpress'"),
