@@ -95,6 +95,9 @@ def _cases() -> dict[str, Callable[[str], Arguments]]:
     for kv_len, k in KV_LENS_AND_K:
         calls[f"kv_len_{kv_len}-k_{k}"] = {"kv_len": kv_len, "k": k, "lens": (k, k // 2)}
     calls["batch_0"] = {"batch_size": 0, "outer": (0, 3)}
+    for layout in LAYOUTS:  # more bytes than the CPU writes through its caches
+        sizes = {"kv_len": 150, "head_dim": 128, "k": 110, "lens": (110, 41, 1, 0)}
+        calls[f"large-{layout}"] = {**sizes, "dtype": torch.float16, "layout": layout}
 
     def maker(call: dict[str, object]) -> Callable[[str], Arguments]:
         return lambda device: moving_arguments(device, **call)  # type: ignore[arg-type]
