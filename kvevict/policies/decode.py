@@ -128,6 +128,18 @@ def received(
     return scores.view(-1, num_lists, slots.stored)
 
 
+def accumulate(
+    slots: Slots,
+    query: Tensor,
+    *,
+    decay: float = 1.0,
+    key_mask: Tensor | None = None,
+    sm_scale: float | None = None,
+) -> None:
+    """Add what `received` returns to the scores of the slots, which decay first."""
+    slots.scores.mul_(decay).add_(received(slots, query, key_mask=key_mask, sm_scale=sm_scale))
+
+
 def limit_lists(layers: Sequence[Slots], limits: Sequence[Tensor]) -> list[int | Tensor]:
     """Set how many keys a list may hold; what `over_limit` counts from.
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kvevict.policies._shares import floor_share
 from kvevict.policies.base import LayerScores, Policy, Prompt
-from kvevict.policies.decode import Victims, evictable, lowest, received
+from kvevict.policies.decode import Victims, accumulate, evictable, lowest
 from kvevict.policies.limit import DecodeLimit, fitting
 from kvevict.priority import build_priority
 
@@ -89,7 +89,7 @@ class H2O(DecodeLimit, Policy):
         sm_scale: float | None = None,
     ) -> None:
         """Add the attention of the newest rows to the scores."""
-        slots.scores.add_(received(slots, query, key_mask=key_mask, sm_scale=sm_scale))
+        accumulate(slots, query, key_mask=key_mask, sm_scale=sm_scale)
 
     def choose_victims(
         self, slots: Slots, limit: int | Tensor, count: int | Tensor, most: int

@@ -17,11 +17,11 @@ from kvevict.policies.base import IMAGE, VIDEO, LayerScores, Policy, Prompt, sel
 from kvevict.policies.between import Shortening
 from kvevict.policies.decode import (
     Victims,
+    accumulate,
     evictable,
     limit_lists,
     lowest,
     over_limit,
-    received,
 )
 from kvevict.policies.limit import fitting
 
@@ -273,8 +273,7 @@ class HAE(Policy):
     ) -> None:
         """Add the attention of the newest rows to the sums."""
         if slots.memory["is_watched"]:
-            attention = received(slots, query, key_mask=key_mask, sm_scale=sm_scale)
-            slots.scores.mul_(self.decay).add_(attention)
+            accumulate(slots, query, decay=self.decay, key_mask=key_mask, sm_scale=sm_scale)
 
     def evict_step(self, layers: Sequence[Slots]) -> list[Victims | None]:
         """Return what the bin holds, once it is full."""

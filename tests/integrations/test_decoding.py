@@ -345,6 +345,18 @@ def test_contexts_and_copies() -> None:
     assert cache.layers[1].keys.shape[0] == 2
 
 
+def test_a_prompt_of_one_token() -> None:
+    """Nothing of it can go, but the answer has a limit."""
+    model = get_model("llama")
+    inputs = {"input_ids": torch.tensor([[20]]), "attention_mask": torch.ones(1, 1).long()}
+    for policy in (H2O(keep=9), StreamingLLM(keep=9), HAE(limit=9, bin_len=1, num_recent=4)):
+        with kvevict.evict(model, policy) as eviction:
+            cached = generate(model, inputs, num_new=20).past_key_values
+        assert len(eviction.reports) == 1
+        assert [layer.keys.shape[2] for layer in cached.layers] == [9] * NUM_LAYERS
+        assert all((layer.store.slots.positions == 0).any() for layer in cached.layers)
+
+
 def test_append_only_policies_keep_buckets() -> None:
     """TGV-KV as in the paper has decode methods, and no use for them."""
     model = get_model("llava")

@@ -46,10 +46,15 @@ def evict(
     `generate` expects, or only its new tokens, with the attention mask of the whole conversation
     if there is one. A prompt fed in chunks is evicted after its first chunk, so pass it whole.
 
-    An evicted cache is continued inside a context (this or a new one with any policy); outside it
-    raises, since the layers differ in length. Within it beam search, `copy.deepcopy` and cropping
-    tokens that came later work; assisted generation is refused, as it feeds its first draft
-    together with the prompt.
+    A `DecodePolicy` that evicts while decoding does so after every later forward. A `LayerPolicy`
+    removes rows from the first prompt between its layers; the output has all rows, those that were
+    removed as they were then.
+
+    An evicted cache is continued inside a context (this or a new one); outside it raises, since the
+    layers differ in length. Steps in a context of another policy only append. Beam search,
+    `copy.deepcopy` and cropping tokens that came later work, but for cropping while tokens are
+    evicted in decoding; assisted generation is refused, as it feeds its first draft together with
+    the prompt.
 
     A model is in at most one open context, and used by one thread at a time within it; models that
     share a config object count as one, as transformers chooses attention by the config. Contexts
@@ -57,7 +62,8 @@ def evict(
 
     Args:
         model: a causal language model or vision-language model, or its base model.
-        policy: a `kvevict.policies` policy.
+        policy: an object with the methods of `PrefillPolicy`, `LayerPolicy` or `DecodePolicy`, or
+            several of them, e.g. any of `kvevict.policies`.
         every_turn: evict again after every later forward of more than one token; `keep` then
             refers to the whole conversation.
         modality: [batch_size, prompt_len], bool (True = image) or the codes of
@@ -76,7 +82,7 @@ def evict(
             custom 4-D masks, bidirectional or cross attention in the text layers, or inputs whose
             modality cannot be told. It never runs with the full cache instead. Sliding-window and
             linear-attention layers of a hybrid stack are left as they are; only the full-attention
-            layers are evicted and count in the budget.
+            layers are evicted and count in the budget; policies between layers refuse such models.
 
     Example:
         >>> with kvevict.evict(model, TGVKV(keep=0.05)) as eviction:

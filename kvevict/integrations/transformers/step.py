@@ -62,7 +62,9 @@ class Step:
         self.num_new = num_new
         self.is_first = cache.get_seq_length() == 0
         self.every_turn = every_turn
-        self.evicts = num_new > 1 and (self.is_first or every_turn)
+        self.decodes = isinstance(policy, DecodePolicy) and policy.evicts_while_decoding
+        is_prompt = num_new > 1 or self.decodes
+        self.evicts = (self.is_first and is_prompt) or (every_turn and num_new > 1)
         self.shortening = shortening if self.is_first and num_new > 1 else frozenset()
         self.modality_of = modality_of
         self.rotate = rotate
@@ -325,7 +327,6 @@ class Step:
             raise ValueError("kvevict.evict: the model has no full-attention layer to evict")
         scores = [self.scores[i] for i in indices]
         blocks = [self._block(i) for i in indices]
-        decodes = isinstance(self.policy, DecodePolicy) and self.policy.evicts_while_decoding
         bytes_before = _bytes_of(blocks)
         selections = None
         if isinstance(self.policy, PrefillPolicy):
@@ -333,23 +334,23 @@ class Step:
         if selections is not None and _lists_per_head(self.cache):
             selections = tuple(_unfold(s, blocks[0].keys.shape[1]) for s in selections)
         before = [LayerSlots.of(block) for block in blocks]
-        if decodes:
+        if self.decodes:
             for block, layer in zip(blocks, scores, strict=True):
                 block.track(layer.scores.view(block.keys.shape[0], -1, block.stored))
         stores, bytes_new = before, 0
         if selections is not None:
-            stores = select_slots(blocks, selections, split=not decodes)
+            stores = select_slots(blocks, selections, split=not self.decodes)
             bytes_new = sum(
                 _bytes_of(store.buckets)
                 for store, selection in zip(stores, selections, strict=True)
                 if not selection.keeps_all
             )
-        if decodes:
+        if self.decodes:
             begin_decoding(self.policy, [store.slots for store in stores], scores)
         is_shorter = any(rows.index is not None for rows in self.layer_rows.values())
-        if selections is not None or self.every_turn or decodes or is_shorter:
+        if selections is not None or self.every_turn or self.decodes or is_shorter:
             for i, store in zip(indices, stores, strict=True):
-                self.cache.layers[i] = self._evicted_layer(i, store, decodes)
+                self.cache.layers[i] = self._evicted_layer(i, store)
         return EvictionReport(
             kept=tuple(kept_of(i, store) for i, store in zip(indices, stores, strict=True)),
             modality=modality_by_column(before),
@@ -366,9 +367,9 @@ class Step:
         assert self.modality is not None
         return _block_of(self.cache.layers[index], rows, self.modality)
 
-    def _evicted_layer(self, index: int, store: LayerSlots, decodes: bool) -> EvictedLayer:
+    def _evicted_layer(self, index: int, store: LayerSlots) -> EvictedLayer:
         layer = EvictedLayer(store)
-        layer.decode_policy = self.policy if decodes else None
+        layer.decode_policy = self.policy if self.decodes else None
         rows = self.layer_rows.get(index)
         if rows is not None and rows.restart_decoding:
             layer.position_shift, layer.restarted = rows.num_removed, rows.restarted
