@@ -24,7 +24,7 @@ from tests.policies.decoding import (
     decode,
     live_columns,
 )
-from tests.policies.test_synchronization import Reads
+from tests.support.reads import Reads
 
 PROMPTS = {name: ALL_PROMPTS[name] for name in ("one_image", "two_images", "left_padded")}
 
