@@ -6,17 +6,6 @@
 #include "core/validate.h"
 
 namespace kvevict {
-namespace {
-
-DType dtype_of(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Half: return DType::kFloat16;
-    case ScalarType::BFloat16: return DType::kBFloat16;
-    default: return DType::kFloat32;
-  }
-}
-
-}  // namespace
 
 AttentionArgs check_attention(const Check& check, const Tensor& query, const Tensor& key,
                               const std::optional<Tensor>& key_mask, std::optional<double> sm_scale,
@@ -96,13 +85,7 @@ VotingArgs check_voting_rows(const Check& check, const AttentionParams& attentio
   VotingArgs args{{}, dense(row_index), dense(row_weight), dense(softmax_lse)};
   args.rows = {data_or_null<int32_t>(args.row_index), data_or_null<float>(args.row_weight),
                weight_per_head, data_or_null<float>(args.softmax_lse), num_rows};
-  if (query.is_cpu() && row_index) {
-    const int64_t bad = find_outside(args.rows.row_index, row_index->numel(), -1, attention.qo_len);
-    if (bad >= 0) {
-      check.fail("row_index", "be in [-1, " + std::to_string(attention.qo_len) + ")",
-                 element_text(*row_index, bad, args.rows.row_index[bad]));
-    }
-  }
+  if (row_index) check.elements_in_range(*args.row_index, "row_index", -1, attention.qo_len);
   if (query.is_cpu() && row_weight) {
     const int64_t bad = find_bad_weight(args.rows.row_weight, row_weight->numel());
     if (bad >= 0) {

@@ -6,6 +6,8 @@
 #include <cstdlib>
 #include <stdexcept>
 
+#include "core/validate.h"
+
 namespace kvevict {
 namespace {
 
@@ -201,6 +203,16 @@ void Check::companion(const Tensor& tensor, const std::string& argument, ScalarT
   shape(tensor, argument, std::move(expected));
 }
 
+void Check::elements_in_range(const Tensor& tensor, const std::string& argument, int64_t low,
+                              int64_t high) const {
+  if (!tensor.is_cpu()) return;
+  const auto* values = static_cast<const int32_t*>(tensor.const_data_ptr());
+  const int64_t bad = find_outside(values, tensor.numel(), low, high);
+  if (bad < 0) return;
+  fail(argument, "be in [" + std::to_string(low) + ", " + std::to_string(high) + ")",
+       element_text(tensor, bad, values[bad]));
+}
+
 void Check::priority(const std::optional<Tensor>& tensor, int64_t batch_size, int64_t num_heads,
                      int64_t kv_len, const Tensor& reference,
                      const std::string& reference_name) const {
@@ -208,6 +220,13 @@ void Check::priority(const std::optional<Tensor>& tensor, int64_t batch_size, in
   std::vector<Dim> expected{batch_size, kv_len};
   if (tensor->dim() == 3) expected.insert(expected.begin() + 1, num_heads);
   companion(*tensor, "priority", ScalarType::Byte, expected, reference, reference_name);
+}
+
+void Check::multiple_of_8(const Tensor& tensor, const std::string& argument) const {
+  const int64_t dim = tensor.size(-1);
+  if (dim < 8 || dim % 8 != 0) {
+    fail(argument, "have a dim that is a multiple of 8", std::to_string(dim));
+  }
 }
 
 void Check::movable(const Tensor& tensor, const std::string& argument) const {

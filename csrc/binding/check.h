@@ -44,9 +44,17 @@ class Check {
                  std::vector<Dim> expected, const Tensor& reference,
                  const std::string& reference_name) const;
 
+  // On the CPU, where the data can be read for free: the elements of a dense tensor of int32 lie in
+  // [low, high).
+  void elements_in_range(const Tensor& tensor, const std::string& argument, int64_t low,
+                         int64_t high) const;
+
   // Priorities of scores of a shape [batch_size, num_heads, kv_len], per key or per head and key.
   void priority(const std::optional<Tensor>& tensor, int64_t batch_size, int64_t num_heads,
                 int64_t kv_len, const Tensor& reference, const std::string& reference_name) const;
+
+  // A tensor whose rows are multiplied or added, 16 bytes at a time.
+  void multiple_of_8(const Tensor& tensor, const std::string& argument) const;
 
   // A tensor whose elements can be moved as bytes.
   void movable(const Tensor& tensor, const std::string& argument) const;

@@ -7,6 +7,7 @@
 
 #include <optional>
 
+#include "core/dtype.h"
 #include "core/head_tensor.h"
 
 // Where the ops are registered: torch.ops.kvevict.
@@ -19,6 +20,15 @@ namespace kvevict {
 using torch::headeronly::DeviceType;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+
+// The element type of a tensor that was checked to have one of these.
+inline DType dtype_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Half: return DType::kFloat16;
+    case ScalarType::BFloat16: return DType::kBFloat16;
+    default: return DType::kFloat32;
+  }
+}
 
 inline Tensor new_empty(const Tensor& like, std::initializer_list<int64_t> shape,
                         ScalarType dtype) {

@@ -21,6 +21,13 @@ inline int64_t find_bad_weight(const float* values, int64_t count) {
   return -1;
 }
 
+inline int64_t find_not_finite(const float* values, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    if (!std::isfinite(values[i])) return i;
+  }
+  return -1;
+}
+
 inline int64_t find_not_ascending(const int32_t* values, int64_t count) {
   for (int64_t i = 1; i < count; ++i) {
     if (values[i] <= values[i - 1]) return i;

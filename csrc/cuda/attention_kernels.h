@@ -9,6 +9,7 @@
 #include "core/attention.h"
 #include "cuda/launch.h"
 #include "cuda/mma_tiles.h"
+#include "cuda/vector_loads.h"
 
 namespace kvevict {
 
@@ -87,13 +88,6 @@ struct RowNormalizers {
     return {kLog2E * lse, lse == kMinusInfinity ? 0.0f : 1.0f};
   }
 };
-
-// Whether all rows of a tensor start on 16 bytes.
-inline bool rows_aligned(const HeadTensor& tensor, int element_bytes) {
-  const auto address = reinterpret_cast<intptr_t>(tensor.data);
-  const int64_t strides = tensor.stride_batch | tensor.stride_head | tensor.stride_seq;
-  return address % 16 == 0 && strides * element_bytes % 16 == 0;
-}
 
 // ---- Rows
 // ----------------------------------------------------------------------------------------

@@ -89,6 +89,23 @@ __device__ __forceinline__ float exp2_approx(float x) {
   return result;
 }
 
+// A float16 as a float, and two floats rounded to the nearest 16-bit numbers, ties to even.
+__device__ __forceinline__ float fp16_to_float(uint16_t bits) {
+  float result;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(result) : "h"(bits));
+  return result;
+}
+__device__ __forceinline__ uint32_t pack_fp16(float low, float high) {
+  uint32_t result;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
+  return result;
+}
+__device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
+  uint32_t result;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
+  return result;
+}
+
 // A 16-byte store that is not expected to be read soon.
 __device__ __forceinline__ void store_streaming(void* global, uint4 value) {
   __stcs(static_cast<uint4*>(global), value);

@@ -11,6 +11,7 @@
 #include <immintrin.h>
 
 #include "core/dtype.h"
+#include "core/head_tensor.h"
 
 namespace kvevict {
 inline namespace KVEVICT_ISA {
@@ -117,6 +118,13 @@ inline Vec exp2(Vec t) {
 #endif
 }
 
+template <DType dtype>
+inline const void* element_address(const HeadTensor& tensor, int64_t batch, int64_t head,
+                                   int64_t index) {
+  return static_cast<const char*>(tensor.data) +
+         tensor.offset(batch, head, index) * kElementBytes<dtype>;
+}
+
 // kLanes elements of a tensor as floats.
 template <DType dtype>
 inline Vec load_as_float(const void* source, int64_t index) {
@@ -136,6 +144,42 @@ inline Vec load_as_float(const void* source, int64_t index) {
   }
 }
 
+// The nearest bfloat16 and float16 numbers, ties to even.
+inline HalfBits round_to_bfloat16(Vec v) {
+  const auto bits = bit_cast<UintVec>(v);
+  const UintVec rounded = (bits + 0x7FFFu + (bits >> 16 & 1u)) >> 16;
+  return __builtin_convertvector(v != v ? bits >> 16 | 0x40u : rounded, HalfBits);
+}
+
+inline HalfBits round_to_float16(Vec v) {
+#if defined(__AVX512F__)
+  return (HalfBits)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT);
+#elif defined(__F16C__)
+  return (HalfBits)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
+#else
+  const auto bits = bit_cast<UintVec>(v);
+  const UintVec magnitude = bits & 0x7FFFFFFFu;
+  const UintVec normal = (magnitude - (112u << 23) + 0xFFFu + (magnitude >> 13 & 1u)) >> 13;
+  // The last bit of numbers from 0.5 to 1 is worth as much as that of float16's subnormals.
+  const auto shifted = bit_cast<UintVec>(bit_cast<Vec>(magnitude) + 0.5f);
+  UintVec rounded = magnitude < 0x38800000u ? shifted - 0x3F000000u : normal;  // 2^-14
+  rounded = magnitude >= 0x47800000u ? broadcast(0x7C00u) : rounded;           // 2^16
+  rounded = v != v ? broadcast(0x7E00u) : rounded;
+  return __builtin_convertvector(rounded | (bits >> 16 & 0x8000u), HalfBits);
+#endif
+}
+
+// The opposite of load_as_float: kLanes elements of a tensor from floats, each rounded.
+template <DType dtype>
+inline void store_rounded(void* destination, int64_t index, Vec v) {
+  if constexpr (dtype == DType::kFloat32) {
+    store(static_cast<float*>(destination) + index, v);
+  } else {
+    const HalfBits half = dtype == DType::kBFloat16 ? round_to_bfloat16(v) : round_to_float16(v);
+    store(static_cast<uint16_t*>(destination) + index, half);
+  }
+}
+
 template <DType dtype>
 inline float element_as_float(const void* source, int64_t index) {
   if constexpr (dtype == DType::kFloat32) {
@@ -147,6 +191,23 @@ inline float element_as_float(const void* source, int64_t index) {
     uint16_t lanes[kLanes] = {static_cast<const uint16_t*>(source)[index]};
     return load_as_float<dtype>(lanes, 0)[0];
   }
+}
+
+// The first `count` of kLanes elements; the others are 0.
+template <DType dtype>
+inline Vec load_some_as_float(const void* source, int64_t index, int64_t count) {
+  constexpr int64_t kBytes = kElementBytes<dtype>;
+  char lanes[kLanes * kBytes] = {};
+  memcpy(lanes, static_cast<const char*>(source) + index * kBytes, count * kBytes);
+  return load_as_float<dtype>(lanes, 0);
+}
+
+template <DType dtype>
+inline void store_some_rounded(void* destination, int64_t index, int64_t count, Vec v) {
+  constexpr int64_t kBytes = kElementBytes<dtype>;
+  char lanes[kLanes * kBytes];
+  store_rounded<dtype>(lanes, 0, v);
+  memcpy(static_cast<char*>(destination) + index * kBytes, lanes, count * kBytes);
 }
 
 namespace detail {

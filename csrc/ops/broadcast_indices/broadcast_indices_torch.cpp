@@ -4,22 +4,10 @@
 #include "binding/kv_args.h"
 #include "binding/registration.h"
 #include "binding/run.h"
-#include "core/validate.h"
 #include "ops/broadcast_indices/broadcast_indices.h"
 
 namespace kvevict {
 namespace {
-
-// On the CPU: values of a small int32 argument lie in [-1, end).
-void check_values(const Check& check, const Tensor& tensor, const char* argument, int64_t end) {
-  if (!tensor.is_cpu()) return;
-  const auto* values = static_cast<const int32_t*>(tensor.const_data_ptr());
-  const int64_t bad = find_outside(values, tensor.numel(), -1, end);
-  if (bad >= 0) {
-    check.fail(argument, "be in [-1, " + std::to_string(end) + ")",
-               element_text(tensor, bad, values[bad]));
-  }
-}
 
 template <DeviceType device>
 Tensor broadcast_indices(const Tensor& kept_indices, const Tensor& kept_lens, int64_t num_layers,
@@ -47,8 +35,8 @@ Tensor broadcast_indices(const Tensor& kept_indices, const Tensor& kept_lens, in
     num_positions = block_tables->size(2) * page_size;
   }
   const std::optional<Tensor> base = dense(base_indices), tables = dense(block_tables);
-  if (base) check_values(check, *base, "base_indices", num_positions);
-  if (tables) check_values(check, *tables, "block_tables", kSlots / page_size);
+  if (base) check.elements_in_range(*base, "base_indices", -1, num_positions);
+  if (tables) check.elements_in_range(*tables, "block_tables", -1, kSlots / page_size);
   const int64_t kept_end = base ? base->size(3) : num_positions;
   const IndexArgs kept = check_kept_indices(check, kept_indices, kept_lens, shape, {kept_end},
                                             kept_indices, "kept_indices");
