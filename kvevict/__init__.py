@@ -7,11 +7,14 @@ from typing import TYPE_CHECKING, Any
 from kvevict._library import LibraryNotBuiltError, build_info
 from kvevict.ops import (
     HeadReduction,
+    Metric,
     Statistic,
     attention_lse,
     broadcast_indices,
     compact_kv_,
     gather_kv,
+    match_tokens,
+    merge_tokens_,
     score_and_compact,
     score_keys,
     score_keys_by_text,
@@ -27,6 +30,7 @@ __version__: str = build_info()["version"]
 __all__ = [
     "HeadReduction",
     "LibraryNotBuiltError",
+    "Metric",
     "Statistic",
     "attention_lse",
     "broadcast_indices",
@@ -34,6 +38,8 @@ __all__ = [
     "build_priority",
     "compact_kv_",
     "gather_kv",
+    "match_tokens",
+    "merge_tokens_",
     "score_and_compact",
     "score_keys",
     "score_keys_by_text",

@@ -7,8 +7,10 @@ _library.load()
 from kvevict.ops.attention_lse import attention_lse  # noqa: E402
 from kvevict.ops.broadcast_indices import broadcast_indices  # noqa: E402
 from kvevict.ops.compact_kv import compact_kv_  # noqa: E402
-from kvevict.ops.enums import HeadReduction, Statistic  # noqa: E402
+from kvevict.ops.enums import HeadReduction, Metric, Statistic  # noqa: E402
 from kvevict.ops.gather_kv import gather_kv  # noqa: E402
+from kvevict.ops.match_tokens import match_tokens  # noqa: E402
+from kvevict.ops.merge_tokens import merge_tokens_  # noqa: E402
 from kvevict.ops.null import null  # noqa: E402
 from kvevict.ops.score_and_compact import score_and_compact  # noqa: E402
 from kvevict.ops.score_keys import score_keys  # noqa: E402
@@ -17,11 +19,14 @@ from kvevict.ops.select_topk import select_topk  # noqa: E402
 
 __all__ = [
     "HeadReduction",
+    "Metric",
     "Statistic",
     "attention_lse",
     "broadcast_indices",
     "compact_kv_",
     "gather_kv",
+    "match_tokens",
+    "merge_tokens_",
     "null",
     "score_and_compact",
     "score_keys",

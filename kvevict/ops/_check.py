@@ -188,6 +188,15 @@ def check_kept_indices(
         check.companion(kept_lens, "kept_lens", torch.int32, lens_shape, reference, name)
 
 
+def check_token_lists(
+    check: Check, lists: Tensor, argument: str, tokens: Tensor, name: str, length: Dim = ANY
+) -> None:
+    """Checks positions [batch_size, num_heads | 1, length] of tokens."""
+    batch_size, num_heads = tokens.shape[:2]
+    shape = (batch_size, (num_heads, 1), length)
+    check.companion(lists, argument, torch.int32, shape, tokens, name)
+
+
 def _dim_name(dim: Dim) -> str:
     if dim is None:
         return "*"

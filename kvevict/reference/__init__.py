@@ -10,6 +10,8 @@ from kvevict.reference.attention_lse import attention_lse
 from kvevict.reference.broadcast_indices import broadcast_indices
 from kvevict.reference.compact_kv import compact_kv_
 from kvevict.reference.gather_kv import gather_kv
+from kvevict.reference.match_tokens import match_tokens
+from kvevict.reference.merge_tokens import merge_tokens_
 from kvevict.reference.null import null
 from kvevict.reference.score_and_compact import score_and_compact
 from kvevict.reference.score_keys import score_keys
@@ -21,6 +23,8 @@ __all__ = [
     "broadcast_indices",
     "compact_kv_",
     "gather_kv",
+    "match_tokens",
+    "merge_tokens_",
     "null",
     "score_and_compact",
     "score_keys",

@@ -26,7 +26,11 @@ from tests.support.checks import (
 )
 from tests.support.samples import NAMES, SAMPLES, Sizes, make_sample
 
-WRITING = ("compact_kv_", "score_and_compact")
+WRITTEN = {
+    "compact_kv_": ("keys", "values"),
+    "merge_tokens_": ("tensors",),
+    "score_and_compact": ("key", "value"),
+}
 
 every_op = pytest.mark.parametrize("op", OPS)
 every_sample = pytest.mark.parametrize(("op", "sample"), NAMES)
@@ -38,7 +42,7 @@ def larger(device: str) -> Sizes:
 
 
 def test_samples_cover_the_ops() -> None:
-    enums = {"HeadReduction", "Statistic"}
+    enums = {"HeadReduction", "Metric", "Statistic"}
     assert set(SAMPLES) == set(OPS) == set(reference.__all__) == set(ops.__all__) - enums
 
 
@@ -89,7 +93,7 @@ def test_compile(traceable_backend: Backend, op: str, sample: str) -> None:
     assert_compiles(traceable_backend, op, [small, large], "aot_eager")
 
 
-@pytest.mark.parametrize("op", ["compact_kv_", "score_and_compact"])
+@pytest.mark.parametrize("op", WRITTEN)
 def test_compile_with_inductor(traceable_backend: Backend, op: str) -> None:
     arguments = make_sample(op, "full", Sizes(traceable_backend.device))
     assert_compiles(traceable_backend, op, [arguments], "inductor")
@@ -130,10 +134,9 @@ def test_each_sequence_stands_alone(backend: Backend, op: str, sample: str) -> N
 @every_sample
 def test_inputs_are_not_written(backend: Backend, op: str, sample: str) -> None:
     arguments = make_sample(op, sample, Sizes(backend.device))
-    written = ("keys", "values", "key", "value") if op in WRITING else ()
     before = clone(arguments)
     backend.op(op)(**arguments)
-    for name in set(arguments) - set(written):
+    for name in set(arguments) - set(WRITTEN.get(op, ())):
         assert_same_bytes(arguments[name], before[name], name)
 
 
@@ -142,7 +145,7 @@ def test_small_arguments_may_have_any_strides(backend: Backend, op: str) -> None
     """Masks, weights, lists and the like need not be contiguous; query, key and value must be."""
     arguments = make_sample(op, "full" if op != "null" else "plain", Sizes(backend.device))
     expected = outcome(backend.op(op), arguments)
-    large = ("query", "key", "value", "keys", "values")
+    large = ("query", "key", "value", "keys", "values", "tokens")
     for name, value in arguments.items():
         if isinstance(value, Tensor) and name not in large:
             actual = outcome(backend.op(op), {**arguments, name: spread(value)})

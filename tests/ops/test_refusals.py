@@ -15,7 +15,8 @@ from tests.support.checks import assert_same_bytes, clone
 from tests.support.refusals import REFUSALS, Refusal, make_good, overlapping_arguments
 from tests.support.samples import Arguments
 
-WRITING = ("compact_kv_", "score_and_compact")
+# What the op writes, by the argument that the message about shared memory names.
+WRITING = {"compact_kv_": "values", "merge_tokens_": "tensors", "score_and_compact": "value"}
 
 
 def on_device(tree: Arguments) -> Arguments:
@@ -67,7 +68,7 @@ def test_refusal(backend: Backend, row: Refusal) -> None:
 @pytest.mark.parametrize("op", WRITING)
 def test_key_and_value_that_overlap(backend: Backend, op: str, case: int) -> None:
     _, arguments = list(overlapping_arguments(op, backend.device))[case]
-    refused(backend, op, arguments, "values" if op == "compact_kv_" else "value")
+    refused(backend, op, arguments, WRITING[op])
 
 
 def test_interleaved_key_and_value_do_not_overlap(backend: Backend) -> None:

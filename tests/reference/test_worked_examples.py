@@ -1,4 +1,7 @@
-"""Two published methods worked out by hand: TGV-KV (arXiv 2606.03075) and SnapKV (2404.14469)."""
+"""Published methods worked out by hand.
+
+TGV-KV (arXiv 2606.03075), SnapKV (2404.14469) and LightKV (2605.00789).
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from torch import Tensor
 
 from kvevict import reference
 from kvevict.reference.score_and_compact import pool_scores
+from tests.support.merging import assert_light_kv_merge, light_kv_example
 
 # Token 0 is text, 1 to 4 are vision, 5 to 7 are text. Attention of rows 5 to 7, mean of all heads.
 VISION = slice(1, 5)
@@ -84,3 +88,19 @@ def test_snapkv() -> None:
     assert pooled.tolist() == pytest.approx(expected, abs=5e-6)
     assert kept_indices.tolist() == [[[1, 2, 3, 6, 7]]]
     assert kept_lens.tolist() == [[5]]
+
+
+def test_light_kv_merges_half_of_the_sources() -> None:
+    lists, guidance = light_kv_example("cpu")
+    match_index, similarity = reference.match_tokens(**lists)
+    assert match_index.flatten().tolist() == [2, 6, 2, 6]
+    expected = [0.89443, 1.0, 0.98995, 0.70711]
+    assert similarity.flatten().tolist() == pytest.approx(expected, abs=5e-6)
+    kept, _ = reference.select_topk(similarity.float(), 2)
+    assert lists["source_index"].gather(2, kept.long()).tolist() == [[[3, 5]]]
+    chosen = torch.full_like(match_index, -1).scatter(
+        2, kept.long(), match_index.gather(2, kept.long())
+    )
+    tokens = lists["tokens"]
+    reference.merge_tokens_([tokens], lists["source_index"], chosen, guidance)
+    assert_light_kv_merge(tokens)

@@ -21,6 +21,8 @@ OPS = (
     "broadcast_indices",
     "gather_kv",
     "compact_kv_",
+    "match_tokens",
+    "merge_tokens_",
     "score_and_compact",
 )
 
