@@ -290,6 +290,13 @@ void Check::scorable(const Tensor& tensor, const Argument& argument) const {
   }
 }
 
+void Check::multiple_of_8(const Tensor& tensor, const Argument& argument) const {
+  const int64_t dim = tensor.size(-1);
+  if (dim < 8 || dim % 8 != 0) {
+    fail(argument, "have a dim that is a multiple of 8", std::to_string(dim));
+  }
+}
+
 void Check::movable(const Tensor& tensor, const Argument& argument) const {
   const auto bytes = tensor.element_size();
   if (bytes != 1 && bytes != 2 && bytes != 4 && bytes != 8) {

@@ -90,6 +90,9 @@ class Check {
   // A tensor [batch_size, num_heads, len, head_dim] whose rows can be scored.
   void scorable(const Tensor& tensor, const Argument& argument) const;
 
+  // A tensor whose rows are multiplied or added, 16 bytes at a time.
+  void multiple_of_8(const Tensor& tensor, const Argument& argument) const;
+
   // A tensor whose elements can be moved as bytes.
   void movable(const Tensor& tensor, const Argument& argument) const;
 

@@ -239,6 +239,15 @@ def check_kept_indices(
         check.companion(kept_lens, "kept_lens", torch.int32, lens_shape, reference, name)
 
 
+def check_token_lists(
+    check: Check, lists: Tensor, argument: str, tokens: Tensor, name: str, length: Dim = ANY
+) -> None:
+    """Checks positions [batch_size, num_heads | 1, length] of tokens."""
+    batch_size, num_heads = tokens.shape[:2]
+    shape = (batch_size, (num_heads, 1), length)
+    check.companion(lists, argument, torch.int32, shape, tokens, name)
+
+
 def _list_dims(shape: tuple[Size, Size, Size], *, all_layers: bool) -> tuple[Dim, ...]:
     num_layers, batch_size, num_kv_heads = shape
     one_for_all: tuple[Dim, ...] = (batch_size, (num_kv_heads, 1))

@@ -27,3 +27,10 @@ class HeadReduction(IntEnum):
     GROUP_MEAN = 1
     GROUP_MAX = 2
     ALL_MEAN = 3
+
+
+class Metric(IntEnum):
+    """How alike two tokens are to `match_tokens`."""
+
+    COSINE = 0
+    DOT = 1

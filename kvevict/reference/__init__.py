@@ -13,6 +13,8 @@ from kvevict.reference.compact_kv import compact_kv_
 from kvevict.reference.evict_slots import evict_slots_
 from kvevict.reference.gather_kv import gather_kv
 from kvevict.reference.key_diversity import key_diversity
+from kvevict.reference.match_tokens import match_tokens
+from kvevict.reference.merge_tokens import merge_tokens_
 from kvevict.reference.mix_scores import mix_scores
 from kvevict.reference.null import null
 from kvevict.reference.rerotate_keys import rerotate_keys_
@@ -30,6 +32,8 @@ __all__ = [
     "evict_slots_",
     "gather_kv",
     "key_diversity",
+    "match_tokens",
+    "merge_tokens_",
     "mix_scores",
     "null",
     "rerotate_keys_",

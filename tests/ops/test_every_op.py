@@ -36,7 +36,7 @@ def larger(device: str) -> Sizes:
 
 
 def test_samples_cover_the_ops() -> None:
-    enums = {"DiversityReference", "HeadReduction", "Statistic"}
+    enums = {"DiversityReference", "HeadReduction", "Metric", "Statistic"}
     assert set(SAMPLES) == set(OPS) == set(reference.__all__) == set(ops.__all__) - enums
 
 
@@ -211,7 +211,7 @@ def test_small_arguments_may_have_any_strides(backend: Backend, op: str) -> None
     """
     arguments = make_sample(op, "full" if op != "null" else "plain", Sizes(backend.device))
     expected = outcome(backend.op(op), arguments)
-    large = ("query", "key", "value", "keys", "values", *written_arguments(op))
+    large = ("query", "key", "value", "keys", "values", "tokens", *written_arguments(op))
     for name, value in arguments.items():
         if isinstance(value, Tensor) and name not in large:
             actual = outcome(backend.op(op), {**arguments, name: spread(value)})

@@ -1,6 +1,6 @@
-"""Methods worked out by hand: TGV-KV, SnapKV, HAE, MixKV.
+"""Methods worked out by hand: TGV-KV, SnapKV, HAE, MixKV, LightKV.
 
-They are arXiv 2606.03075, 2404.14469, 2602.02197, 2510.20707.
+They are arXiv 2606.03075, 2404.14469, 2602.02197, 2510.20707, 2605.00789.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from kvevict import reference
 from kvevict.ops.enums import HeadReduction, Statistic
 from kvevict.reference.mix_scores import scale_to
 from kvevict.reference.score_and_compact import pool_scores
+from tests.support.merging import assert_light_kv_merge, light_kv_example
 from tests.support.worked_examples import (
     HAE_ATTENTION,
     HAE_CANDIDATES,
@@ -149,3 +150,19 @@ def test_mixkv() -> None:
     assert torch.equal(mixed[..., 6:], pooled[..., 6:])
     kept_indices, _ = reference.select_topk(mixed, 5, priority=PRIORITY)
     assert kept_indices.tolist() == [[[3, 4, 5, 6, 7]]]
+
+
+def test_light_kv_merges_half_of_the_sources() -> None:
+    lists, guidance = light_kv_example("cpu")
+    match_index, similarity = reference.match_tokens(**lists)
+    assert match_index.flatten().tolist() == [2, 6, 2, 6]
+    expected = [0.89443, 1.0, 0.98995, 0.70711]
+    assert similarity.flatten().tolist() == pytest.approx(expected, abs=5e-6)
+    kept, _ = reference.select_topk(similarity.float(), 2)
+    assert lists["source_index"].gather(2, kept.long()).tolist() == [[[3, 5]]]
+    chosen = torch.full_like(match_index, -1).scatter(
+        2, kept.long(), match_index.gather(2, kept.long())
+    )
+    tokens = lists["tokens"]
+    reference.merge_tokens_([tokens], lists["source_index"], chosen, guidance)
+    assert_light_kv_merge(tokens)

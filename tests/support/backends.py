@@ -27,6 +27,8 @@ OPS = (
     "compact_kv_",
     "evict_slots_",
     "rerotate_keys_",
+    "match_tokens",
+    "merge_tokens_",
     "score_and_compact",
 )
 

@@ -520,6 +520,65 @@ def _rerotate_keys() -> Iterator[Refusal]:
     yield from _rows(op, "axis_of_freq", {"above": put(3, 4), "below": put(-1, 0)}, reads_data=True)
 
 
+def _token_lists(op: str, *arguments: str) -> Iterator[Refusal]:
+    for argument in arguments:
+        yield from _tensor(op, argument, torch.int64, batch_size=shorten(0), heads=lengthen(1))
+        values = {"below": put(-2, 0, 0, 0), "above": put(SIZES.kv_len, 1, 1, 2)}
+        yield from _rows(op, argument, values, reads_data=True)
+
+
+def _match_tokens() -> Iterator[Refusal]:
+    op = "match_tokens"
+    yield from _rows(
+        op,
+        "tokens",
+        {
+            "rank": drop(0),
+            "float64": cast(torch.float64),
+            "int32": cast(torch.int32),
+            "strided": spread,
+            "dim_12": lambda tokens: tokens[..., :12],
+            "dim_0": lambda tokens: tokens[..., :0],
+        },
+    )
+    yield from _token_lists(op, "source_index", "target_index")
+    for argument in ("source_group", "target_group"):
+        sizes = {"batch_size": shorten(0), "heads": shorten(1), "length": shorten(2)}
+        yield from _tensor(op, argument, torch.int64, **sizes)
+        yield from _rows(op, argument, {"missing": to(None)})
+        values = {"negative": put(-1, 0, 0, 0), "descending": put(5, 1, 1, 0)}
+        yield from _rows(op, argument, values, reads_data=True)
+    yield from _rows(op, "metric", {"below": to(-1), "above": to(2)})
+
+
+def _merge_tokens() -> Iterator[Refusal]:
+    op = "merge_tokens_"
+    tokens = {
+        "rank": drop(0),
+        "float64": cast(torch.float64),
+        "strided": spread,
+        "batch_size": shorten(0),
+        "heads": shorten(1),
+        "num_tokens": shorten(2),
+        "dim_12": lambda tensor: tensor[..., :12],
+        "device": elsewhere,
+    }
+    yield from _rows(op, "tensors", {case: of_last(change) for case, change in tokens.items()})
+    yield from _token_lists(op, "source_index", "match_index")
+    yield from _rows(op, "match_index", {"length": shorten(2)})
+    yield from _rows(op, "match_index", {"a_source": put(0, 1, 0, 0)}, reads_data=True)
+    yield from _tensor(
+        op,
+        "weight",
+        torch.float64,
+        batch_size=shorten(0),
+        heads=lengthen(1),
+        num_tokens=shorten(2),
+    )
+    values = {"nan": put(float("nan"), 0, 1, 2), "inf": put(float("inf"), 1, 0, 0)}
+    yield from _rows(op, "weight", values, reads_data=True)
+
+
 def _score_and_compact() -> Iterator[Refusal]:
     op = "score_and_compact"
     yield from _query_and_key(op)
@@ -565,6 +624,8 @@ REFUSALS: tuple[Refusal, ...] = tuple(
         _compact_kv,
         _evict_slots,
         _rerotate_keys,
+        _match_tokens,
+        _merge_tokens,
         _score_and_compact,
     )
     for row in rows()
@@ -572,12 +633,15 @@ REFUSALS: tuple[Refusal, ...] = tuple(
 
 
 def overlapping_arguments(op: str, device: str) -> Iterator[tuple[str, Arguments]]:
-    """Yield bad calls of an op that writes key and value: they share memory."""
-    names = ("keys", "values") if "keys" in make_good(op, device) else ("key", "value")
+    """Yield bad calls of an op that writes key and value, or a list: they share memory."""
+    ("keys", "values") if "keys" in make_good(op, device) else ("key", "value")
 
     def call(key: Tensor, value: Tensor) -> Arguments:
         arguments = make_good(op, device)
-        for name, tensor in zip(names, (key, value), strict=True):
+        if "tensors" in arguments:
+            return {**arguments, "tensors": [key, value]}
+        for names, tensor in ((("key", "keys"), key), (("value", "values"), value)):
+            name = next(name for name in names if name in arguments)
             arguments[name] = [*arguments[name][:-1], tensor] if name.endswith("s") else tensor
         return arguments
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvevict.ops.enums import DiversityReference, HeadReduction, Statistic
+from kvevict.ops.enums import DiversityReference, HeadReduction, Metric, Statistic
 from tests.support.shapes import make_lists, make_rows, make_tensor
 
 Arguments = dict[str, Any]
@@ -109,6 +109,25 @@ class Sizes:
     def inv_freq(self, num_freqs: int) -> Tensor:
         return torch.rand(num_freqs, device=self.device)
 
+    def token_lists(self, *heads: int) -> tuple[Tensor, Tensor]:
+        """Return sources and targets [batch_size, *heads, ...] without a common token, some -1."""
+        lists = []
+        for places in (slice(0, None, 2), slice(1, None, 2)):
+            positions = torch.arange(self.kv_len, dtype=torch.int32, device=self.device)[places]
+            positions = positions.expand(self.batch_size, *heads, -1).clone()
+            positions[..., positions.shape[-1] // 3] = -1
+            lists.append(positions)
+        return lists[0], lists[1]
+
+    def groups(self, lists: Tensor) -> Tensor:
+        """Return groups of neighboring places: of one, of two, of the rest."""
+        place = torch.arange(lists.shape[-1], dtype=torch.int32, device=self.device)
+        return ((place + 1) // 2).clamp(max=2).expand(lists.shape).clone()
+
+    def token_weight(self, num_heads: int) -> Tensor:
+        size = (self.batch_size, num_heads, self.kv_len)
+        return torch.rand(size, device=self.device)
+
     def attention(self) -> Arguments:
         return {"query": self.query(), "key": self.cache()}
 
@@ -199,6 +218,32 @@ def _compaction(s: Sizes) -> Arguments:
 
 def _statistics(s: Sizes) -> Arguments:
     return {"sums": s.scores().abs(), "maxima": s.scores().abs(), "candidates": s.candidates()}
+
+
+def _matching(s: Sizes, num_heads: int) -> Arguments:
+    sources, targets = s.token_lists(num_heads)
+    return {"tokens": s.cache(), "source_index": sources, "target_index": targets}
+
+
+def _grouped_matching(s: Sizes) -> Arguments:
+    lists = _matching(s, s.num_kv_heads)
+    groups = {f"{name}_group": s.groups(lists[f"{name}_index"]) for name in ("source", "target")}
+    return {**lists, **groups}
+
+
+def _merging(s: Sizes, num_heads: int, *, of_one: bool = False) -> Arguments:
+    """Return keys, and values twice as wide; sources meet random targets, or all the last one."""
+    sources, targets = s.token_lists(num_heads)
+    place = torch.randint(targets.shape[-1], sources.shape, device=s.device)
+    if of_one:
+        place.fill_(targets.shape[-1] - 1)
+    key, value = s.cache(), s.cache()
+    return {
+        "tensors": [key, torch.cat([value, value.flip(1)], dim=-1)],
+        "source_index": sources,
+        "match_index": targets.gather(-1, place),
+        "weight": s.token_weight(num_heads),
+    }
 
 
 Maker = Callable[[Sizes], Arguments]
@@ -360,6 +405,17 @@ SAMPLES: dict[str, dict[str, Maker]] = {
             "new_positions": s.positions(1, s.batch_size, 1),
             "inv_freq": s.inv_freq(s.head_dim // 2),
         },
+    },
+    "match_tokens": {
+        "full": lambda s: {**_grouped_matching(s), "metric": Metric.COSINE},
+        "plain": lambda s: _matching(s, s.num_kv_heads),
+        "shared": lambda s: {**_matching(s, 1), "metric": Metric.DOT},
+    },
+    "merge_tokens_": {
+        "full": lambda s: {**_merging(s, s.num_kv_heads), "normalize": True},
+        "shared": lambda s: _merging(s, 1),
+        "into_one": lambda s: _merging(s, s.num_kv_heads, of_one=True),
+        "coefficients": lambda s: {**_merging(s, s.num_kv_heads), "normalize": False},
     },
     "score_and_compact": {
         "full": lambda s: {

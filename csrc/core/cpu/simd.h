@@ -218,6 +218,23 @@ inline float element_as_float(const void* source, int64_t index) {
   }
 }
 
+// The first `count` of kLanes elements; the others are 0.
+template <DType dtype>
+inline Vec load_some_as_float(const void* source, int64_t index, int64_t count) {
+  constexpr int64_t kBytes = kElementBytes<dtype>;
+  char lanes[kLanes * kBytes] = {};
+  memcpy(lanes, static_cast<const char*>(source) + index * kBytes, count * kBytes);
+  return load_as_float<dtype>(lanes, 0);
+}
+
+template <DType dtype>
+inline void store_some_rounded(void* destination, int64_t index, int64_t count, Vec v) {
+  constexpr int64_t kBytes = kElementBytes<dtype>;
+  char lanes[kLanes * kBytes];
+  store_rounded<dtype>(lanes, 0, v);
+  memcpy(static_cast<char*>(destination) + index * kBytes, lanes, count * kBytes);
+}
+
 namespace detail {
 
 template <typename V, int... lanes>
