@@ -53,10 +53,11 @@ def rerotate_keys_(
         ValueError: naming the argument, what it must be and what it is. Values of the positions,
             inv_freq and axis_of_freq are checked on the CPU only.
 
-    The angle is exact to 2^-32 turns for distances up to 2^20 positions, by arithmetic modulo one
-    turn in 64-bit fixed point; cos, sin and the products are float32, and results are rounded once.
-    Reads and writes the rows that turn, once. Angles are computed once for all layers and heads
-    that share positions. Extra memory: 16 kB per thread for 64 frequencies.
+    Angles are computed modulo one turn in 64-bit fixed point, right within 3e-9 radians for
+    distances up to 2^20 positions at up to a radian per position; cos, sin and the products are
+    float32, results are rounded once. Reads and writes the rows that turn once; angles are computed
+    once for all layers and heads that share positions. Extra memory: 16 kB per thread for 64
+    frequencies.
     """
     torch.ops.kvevict.rerotate_keys_(
         keys,

@@ -266,11 +266,6 @@ SAMPLES: dict[str, dict[str, Maker]] = {
             "causal": False,
             "head_reduction": HeadReduction.NONE,
         },
-        "all_heads": lambda s: {
-            **_accumulation(s, 1),
-            "decay": 0.5,
-            "head_reduction": HeadReduction.ALL_MEAN,
-        },
     },
     "attention_lse": {
         "full": lambda s: {**s.attention(), **s.attention_options(), "causal": True},
