@@ -29,15 +29,17 @@ def evict_slots_(
             bytes, any strides with a contiguous last dimension; no two tensors may share elements.
             capacity and head_dim may differ from layer to layer.
         values: per layer, the keys' shape but for head_dim, which may be 0.
-        slots: [batch_size, num_kv_heads | 1, m] for all layers, or [num_layers | 1, batch_size,
-            num_kv_heads | 1, m]; int32, the slots to evict: strictly ascending, each below its
-            list's kv_len, then -1. m may exceed kv_len.
+        slots: [batch_size, num_kv_heads | 1, k] for all layers, or [num_layers | 1, batch_size,
+            num_kv_heads | 1, k]; int32, the slots to evict: strictly ascending, each below its
+            list's kv_len, then -1. k may exceed kv_len.
         kv_lens: [batch_size, num_kv_heads | 1] for all layers, or [num_layers | 1, batch_size,
             num_kv_heads | 1]; int32, how many of the first slots are live, at most capacity.
 
     Raises:
         ValueError: naming the argument, what it must be and what it is. Values of slots and kv_lens
-            are checked on the CPU only.
+            are checked on the CPU, and on CUDA if ``KVEVICT_DEBUG=1``.
+        RuntimeError: if autograd forbids to write a key or value: it requires grad outside of
+            ``torch.no_grad()``, or is an inference tensor outside of inference mode.
 
     Moves at most 2 * e rows per layer, sequence and head, none twice. No extra memory. Arguments
     are checked tensor by tensor: for the shortest call, give a cache that is one tensor for all

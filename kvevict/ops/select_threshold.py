@@ -85,6 +85,7 @@ def _(
     check = Check("select_threshold")
     check.dtype(sums, "sums", torch.float32)
     check.shape(sums, "sums", ANY, ANY, ANY)
+    check.indexable(sums, "sums", 2, "kv_len")
     batch_size, num_heads, kv_len = sums.shape
     check.companion(maxima, "maxima", torch.float32, sums.shape, sums, "sums")
     check.companion(candidates, "candidates", torch.bool, (batch_size, kv_len), sums, "sums")

@@ -26,7 +26,7 @@ def evict_slots_(
 def expand_slots(
     slots: Tensor, kv_lens: Tensor, num_layers: int, num_kv_heads: int
 ) -> tuple[Tensor, Tensor]:
-    """Return slots [num_layers, batch_size, num_kv_heads, m] and kv_lens without m.
+    """Return slots [num_layers, batch_size, num_kv_heads, k] and kv_lens without k.
 
     3-D slots and 2-D kv_lens serve every layer.
     """

@@ -123,6 +123,9 @@ TOO_LONG = (
     ("gather_kv", "shared", {"keys": 2, "values": 2}),
     ("gather_kv", "shared", {"kept_indices": 2}),
     ("compact_kv_", "shared", {"keys": 2, "values": 2}),
+    ("evict_slots_", "shared", {"keys": 2, "values": 2}),
+    ("evict_slots_", "shared", {"slots": 2}),
+    ("select_threshold", "plain", {"sums": 2, "maxima": 2, "candidates": 1}),
     ("broadcast_indices", "full", {"kept_indices": 3}),
     ("broadcast_indices", "full", {"base_indices": 3}),
 )

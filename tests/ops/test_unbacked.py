@@ -16,8 +16,15 @@ from tests.support.checks import assert_same_bytes, outcome
 from tests.support.samples import Arguments, Sizes, make_sample
 
 KV_LEN, K = 11, 5  # no other size equals them
-TAKE_LISTS = ("broadcast_indices", "gather_kv", "compact_kv_")
-SCORE = ("attention_lse", "score_keys", "score_keys_by_text", "select_topk", "score_and_compact")
+TAKE_LISTS = ("broadcast_indices", "gather_kv", "compact_kv_", "evict_slots_")
+SCORE = (
+    "attention_lse",
+    "score_keys",
+    "score_keys_by_text",
+    "select_threshold",
+    "select_topk",
+    "score_and_compact",
+)
 
 
 def sizes_of(op: str) -> list[str]:

@@ -19,6 +19,7 @@ std::tuple<Tensor, Tensor> select_threshold(const Tensor& sums, const Tensor& ma
   const Check check("select_threshold", device);
   check.dtype(sums, "sums", {ScalarType::Float});
   check.shape(sums, "sums", {kAny, kAny, kAny});
+  check.indexable(sums, "sums", 2, "kv_len");
   const int64_t batch_size = sums.size(0), num_heads = sums.size(1), kv_len = sums.size(2);
   check.companion(maxima, "maxima", ScalarType::Float, {batch_size, num_heads, kv_len}, sums,
                   "sums");
