@@ -21,7 +21,7 @@ constexpr int kBlocksPerSm = 3;  // that registers are for; without it ptxas spi
 constexpr int kUnroll = 4;       // keys of a thread that are read at a time
 constexpr int64_t kMinChunkKeys = 128;
 constexpr int64_t kMaxChunks = 128;  // few, since every block of the second kernel reads their sums
-constexpr int kElements = 8;  // of a key, per lane
+constexpr int kElements = 8;         // of a key, per lane
 
 // kLanes lanes share a key: the head_dim that they have room for, and the keys side by side in a
 // block.
