@@ -4,90 +4,12 @@
 // stream by). Logits never leave registers, sums are never atomic.
 #pragma once
 
-#include <algorithm>
-
-#include "core/attention.h"
+#include "cuda/attention_rows.h"
+#include "cuda/few_rows.h"
 #include "cuda/launch.h"
 #include "cuda/mma_tiles.h"
-#include "cuda/vector_loads.h"
 
 namespace kvevict {
-
-inline constexpr float kLog2E = 1.44269504088896341f;
-inline constexpr float kMinusInfinity = -__builtin_inff();
-
-// The rows that vote, of all query heads of one KV head: row j is entry j % num_rows of query head
-// first_head + j / num_rows.
-struct RowList {
-  const AttentionParams& attention;
-  const VotingRows& voting;
-  int64_t batch, first_head, num_heads;
-
-  __device__ __forceinline__ int64_t size() const { return num_heads * voting.num_rows; }
-  // The query row, or -1 if the row does not vote.
-  __device__ __forceinline__ int64_t query_row(int64_t j) const {
-    if (j >= size()) return -1;
-    const int64_t row = voting.row(batch, j % voting.num_rows);
-    return row < 0 || attention.row_is_padding(batch, row) ? -1 : row;
-  }
-  __device__ __forceinline__ int64_t head(int64_t j) const {
-    return first_head + j / voting.num_rows;
-  }
-  __device__ __forceinline__ const char* address(int64_t j, int element_bytes) const {
-    const int64_t row = query_row(j);
-    if (row < 0) return nullptr;
-    return static_cast<const char*>(attention.query.data) +
-           attention.query.offset(batch, head(j), row) * element_bytes;
-  }
-};
-
-// A softmax normalizer: the largest logit in units of log2, and the sum of 2^(logit - largest).
-struct Normalizer {
-  float largest, sum;
-
-  // What to subtract from logits whose largest is this: where there are none, anything finite.
-  static __device__ __forceinline__ float finite(float largest) {
-    return largest == kMinusInfinity ? 0.0f : largest;
-  }
-
-  __device__ __forceinline__ void merge(const Normalizer& other) {
-    const float raised = fmaxf(largest, other.largest);
-    const float reference = finite(raised);
-    sum =
-        sum * exp2_approx(largest - reference) + other.sum * exp2_approx(other.largest - reference);
-    largest = raised;
-  }
-  // The log-sum-exp, natural; -inf if nothing was seen.
-  __device__ __forceinline__ float lse() const {
-    constexpr double kLn2 = 0.69314718055994530942;
-    if (sum == 0.0f) return kMinusInfinity;
-    return static_cast<float>((double{largest} + double{log2f(sum)}) * kLn2);
-  }
-};
-
-// Where a row's normalizer comes from: parts from row_normalizer_kernel, or a given log-sum-exp.
-struct RowNormalizers {
-  const Normalizer* parts;  // [batch_size, num_qo_heads, num_rows, num_splits], or null
-  int64_t num_splits;
-
-  // The whole normalizer of a row of parts, splits in ascending order.
-  __device__ __forceinline__ Normalizer merged(int64_t row) const {
-    Normalizer total = parts[row * num_splits];
-    for (int64_t split = 1; split < num_splits; ++split) {
-      total.merge(parts[row * num_splits + split]);
-    }
-    return total;
-  }
-  // A given log-sum-exp is a largest logit with a sum of 1, or of 0 if nothing was seen.
-  __device__ __forceinline__ Normalizer of(const AttentionParams& attention,
-                                           const VotingRows& voting, int64_t batch, int64_t head,
-                                           int64_t entry, int64_t row) const {
-    const int64_t list = batch * attention.num_qo_heads + head;
-    if (parts) return merged(list * voting.num_rows + entry);
-    const float lse = voting.softmax_lse[list * attention.qo_len + row];
-    return {kLog2E * lse, lse == kMinusInfinity ? 0.0f : 1.0f};
-  }
-};
 
 // ---- Rows
 // ----------------------------------------------------------------------------------------
@@ -96,7 +18,8 @@ struct RowNormalizerParams {
   AttentionParams attention;
   VotingRows voting;
   Normalizer* parts;  // [batch_size, num_qo_heads, num_rows, num_splits]
-  int64_t num_splits, keys_per_split;
+  Tickets tickets;
+  int64_t keys_per_split;
   bool aligned;
 };
 
@@ -120,6 +43,7 @@ __global__ void __launch_bounds__(kTileThreads, kTileBlocks)
   const int64_t end_key = min(first_key + params.keys_per_split, attention.kv_len);
   const auto* key = static_cast<const char*>(attention.key.data);
   const float scale = attention.sm_scale * kLog2E;
+  params.tickets.clear();
 
   // A thread's rows: two of each row tile. They see keys up to last_key, none if they do not vote.
   int64_t last_key[Shape::kRowTiles][2];
@@ -197,16 +121,12 @@ __global__ void __launch_bounds__(kTileThreads, kTileBlocks)
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       Normalizer total = normalizer[r][half];
-      for (int distance = 1; distance < 4; distance *= 2) {
-        const float largest = __shfl_xor_sync(kFullWarp, total.largest, distance);
-        const float sum = __shfl_xor_sync(kFullWarp, total.sum, distance);
-        total.merge({largest, sum});  // the same bits in both lanes: sums commute
-      }
+      total.merge_lanes(1, 4);
       const int64_t j = first_row + product_row<Shape>(r, half * 2);
-      if (lane_id() % 4 == 0 && j < rows.size()) {
+      if (lane_index() % 4 == 0 && j < rows.size()) {
         const int64_t row = rows.batch * attention.num_qo_heads * params.voting.num_rows +
                             rows.first_head * params.voting.num_rows + j;
-        params.parts[row * params.num_splits + blockIdx.y] = total;
+        params.parts[row * gridDim.y + blockIdx.y] = total;
       }
     }
   }
@@ -215,20 +135,28 @@ __global__ void __launch_bounds__(kTileThreads, kTileBlocks)
 // ---- Columns
 // -------------------------------------------------------------------------------------
 
+// Where scores go: straight, or in parts that the last block to write one joins.
+struct JoinedScores {
+  float* scores;  // [batch_size, num_scores, num_keys]
+  float* parts;   // [batch_size, num_scores, parts_per_score, num_keys], or null
+};
+
 struct ColumnParams {
   AttentionParams attention;
   VotingRows voting;
   RowNormalizers normalizers;
   Statistic statistic;
-  bool per_query_head;      // a score of each query head, else of each KV head
-  const int32_t* key_rows;  // [batch_size, num_keys], query rows whose own keys are scored, -1 =
-                            // none; null: all keys in order
-  int64_t num_keys;         // of key_rows, or kv_len
+  bool per_query_head;  // a part of each query head, else of each KV head
+  // The keys are the own keys of the voting rows, and a score is a mean over the rows that see it.
+  bool own_keys;
+  int64_t num_keys;  // num_rows if own_keys, else kv_len
   // A second weight of a row, by entry; the statistic is then also taken without it.
   const float* text_weight;  // [batch_size, num_rows], or null
-  float* scores;             // [batch_size, num_parts, num_keys]
-  float* unweighted;         // like scores; with text_weight
-  float scale;               // of what is written
+  JoinedScores scores, unweighted;
+  int64_t parts_per_score;
+  bool join_is_max;   // of parts, else their sum
+  unsigned* tickets;  // [batch_size, num_scores, key tiles], or null if parts are scores
+  float scale;        // of a part
   bool aligned;
 };
 
@@ -239,20 +167,8 @@ struct ColumnShared {
   float factor[Shape::kStages][Shape::kColumns];     // weight / normalizer; 0 = no vote
   float text[Shape::kStages][Shape::kColumns];       // factor * text_weight
   int64_t last_key[Shape::kStages][Shape::kColumns];
+  unsigned place;
 };
-
-// Adds the probability exponential * factor to a statistic.
-template <Statistic statistic>
-__device__ __forceinline__ float add_to_statistic(float total, float exponential,
-                                                  float factor = 1.0f) {
-  if constexpr (statistic == Statistic::kSum) return fmaf(exponential, factor, total);
-  const float probability = exponential * factor;
-  if constexpr (statistic == Statistic::kSumOfSquares) {
-    return fmaf(probability, probability, total);
-  }
-  // NaN wins over any number, as it does on the CPU.
-  return probability > total || probability != probability ? probability : total;
-}
 
 // Notes what belongs to row j of a list, the column threadIdx.x of a tile.
 template <bool text_weighted = false, typename Shared>
@@ -268,7 +184,7 @@ __device__ __forceinline__ void prepare_column(const ColumnParams& params, const
     const int64_t head = rows.head(j), entry = j % voting.num_rows;
     normalizer = params.normalizers.of(rows.attention, voting, rows.batch, head, entry, row);
     const float weight = voting.weight(rows.batch, rows.attention.num_qo_heads, head, entry);
-    if (normalizer.sum != 0.0f) factor = weight / normalizer.sum;
+    factor = normalizer.factor(weight);
     if constexpr (text_weighted) {
       text = factor * params.text_weight[rows.batch * voting.num_rows + entry];
     }
@@ -282,8 +198,10 @@ __device__ __forceinline__ void prepare_column(const ColumnParams& params, const
 // Joins the four lanes that share a key and writes [batch_size, heads, num_keys].
 template <typename Shape, Statistic statistic>
 __device__ __forceinline__ void write_columns(const float (&total)[Shape::kRowTiles][2],
-                                              float* scores, const ColumnParams& params) {
+                                              const JoinedScores& output,
+                                              const ColumnParams& params) {
   const int64_t part = int64_t{blockIdx.z} * gridDim.y + blockIdx.y;
+  float* scores = output.parts ? output.parts : output.scores;
 #pragma unroll
   for (int r = 0; r < Shape::kRowTiles; ++r) {
 #pragma unroll
@@ -295,11 +213,43 @@ __device__ __forceinline__ void write_columns(const float (&total)[Shape::kRowTi
                                              : score + other;
       }
       const int64_t index = int64_t{blockIdx.x} * Shape::kRows + product_row<Shape>(r, half * 2);
-      if (lane_id() % 4 == 0 && index < params.num_keys) {
+      if (lane_index() % 4 == 0 && index < params.num_keys) {
         scores[part * params.num_keys + index] = score * params.scale;
       }
     }
   }
+}
+
+// The number of voting rows that see the own key of an entry's row; 0 if that row does not vote.
+__device__ __forceinline__ int64_t num_viewers(const ColumnParams& params, int64_t batch,
+                                               int64_t entry) {
+  const RowList rows{params.attention, params.voting, batch, 0, 1};
+  const int64_t row = rows.query_row(entry);
+  int64_t count = 0;
+  for (int64_t viewer = 0; row >= 0 && viewer < rows.size(); ++viewer) {
+    count += rows.query_row(viewer) >= row;
+  }
+  return count;
+}
+
+// Joins the parts of this block's keys in ascending order.
+template <typename Shape>
+__device__ __forceinline__ void join_parts(const JoinedScores& output, const ColumnParams& params) {
+  const int64_t part = int64_t{blockIdx.z} * gridDim.y + blockIdx.y;
+  const int64_t score = part / params.parts_per_score;
+  const int64_t index = int64_t{blockIdx.x} * Shape::kRows + threadIdx.x;
+  if (threadIdx.x >= Shape::kRows || index >= params.num_keys) return;
+  const float* parts = output.parts + score * params.parts_per_score * params.num_keys + index;
+  float result = __ldcg(parts);
+  for (int64_t i = 1; i < params.parts_per_score; ++i) {
+    const float other = __ldcg(parts + i * params.num_keys);
+    result = params.join_is_max ? add_to_statistic<Statistic::kMax>(result, other) : result + other;
+  }
+  if (params.own_keys) {
+    const int64_t viewers = num_viewers(params, blockIdx.z, index);
+    result = viewers == 0 ? 0.0f : result / static_cast<float>(viewers);
+  }
+  output.scores[score * params.num_keys + index] = result;
 }
 
 // grid: (key tiles, heads, batch_size) with a part of the scores per head
@@ -321,8 +271,8 @@ __global__ void __launch_bounds__(kTileThreads, kTileBlocks)
   const auto position = [&](int i) -> int64_t {
     int64_t index = first_key + i;
     if (index >= params.num_keys) return -1;
-    if (params.key_rows) {
-      const int64_t row = params.key_rows[rows.batch * params.num_keys + index];
+    if (params.own_keys) {
+      const int64_t row = voting.row(rows.batch, index);
       index = row < 0 ? -1 : attention.position(row);
     }
     return index >= 0 && attention.key_is_real(rows.batch, index) ? index : -1;
@@ -391,6 +341,15 @@ __global__ void __launch_bounds__(kTileThreads, kTileBlocks)
 
   write_columns<Shape, statistic>(total, params.scores, params);
   if constexpr (text_weighted) write_columns<Shape, statistic>(plain, params.unweighted, params);
+  if (params.tickets == nullptr) return;
+  const int64_t score =
+      (int64_t{blockIdx.z} * gridDim.y + blockIdx.y) / params.parts_per_score * gridDim.x;
+  if (!is_last_block(&params.tickets[score + blockIdx.x],
+                     static_cast<unsigned>(params.parts_per_score), shared.place)) {
+    return;
+  }
+  join_parts<Shape>(params.scores, params);
+  if constexpr (text_weighted) join_parts<Shape>(params.unweighted, params);
 }
 
 // ---- Maximum of means
@@ -482,63 +441,36 @@ template <typename F>
 cudaError_t dispatch_shape(const AttentionParams& attention, F&& f) {
   cudaError_t error = cudaErrorInvalidValue;
   dispatch_dtype(attention.dtype, [&](auto dtype) {
-    constexpr DType kDType = decltype(dtype)::value;
-    if (attention.head_dim <= 64) {
-      error = f(TileShape<kDType, 64>{});
-    } else if (attention.head_dim <= 96) {
-      error = f(TileShape<kDType, 96>{});
-    } else if (attention.head_dim <= 128) {
-      error = f(TileShape<kDType, 128>{});
-    } else {
-      error = f(TileShape<kDType, 256>{});
-    }
+    error = dispatch_head_dim(attention.head_dim, [&](auto head_dim) {
+      return f(TileShape<decltype(dtype)::value, head_dim.value>{});
+    });
   });
   return error;
 }
 
-inline bool tiles_aligned(const AttentionParams& attention) {
-  const int bytes = attention.dtype == DType::kFloat32 ? 4 : 2;
-  return rows_aligned(attention.query, bytes) && rows_aligned(attention.key, bytes);
-}
-
-// How the keys are split for row normalizers: enough blocks to fill a large GPU with the few rows
-// of a window, while each still reads a stretch of keys worth its start.
-struct RowSplits {
-  static constexpr int64_t kBlocks = 264;  // two per multiprocessor of an H200
-  static constexpr int64_t kMinKeys = 512;
-  static constexpr int64_t kMaxSplits = 16;
-
-  static int64_t count(const AttentionParams& attention, int64_t num_rows) {
-    const int64_t row_tiles = (attention.group_size() * num_rows + 127) / 128;
-    const int64_t blocks =
-        std::max<int64_t>(attention.batch_size * attention.num_kv_heads * row_tiles, 1);
-    const int64_t wanted = (kBlocks + blocks - 1) / blocks;
-    const int64_t possible = (attention.kv_len + kMinKeys - 1) / kMinKeys;
-    return std::clamp<int64_t>(std::min(wanted, possible), 1, kMaxSplits);
-  }
-  static int64_t bytes(const AttentionParams& attention, int64_t num_rows) {
-    return attention.batch_size * attention.num_qo_heads * num_rows * count(attention, num_rows) *
-           int64_t{sizeof(Normalizer)};
-  }
-};
-
-inline cudaError_t launch_row_normalizers(const AttentionParams& attention,
-                                          const VotingRows& voting, Normalizer* parts,
-                                          cudaStream_t stream) {
-  const int64_t splits = RowSplits::count(attention, voting.num_rows);
+// Normalizers of all voting rows, in RowSplits::num_parts parts; also clears tickets. With given
+// log-sum-exps it only does that.
+inline cudaError_t launch_normalizers(const AttentionParams& attention, const VotingRows& voting,
+                                      Normalizer* parts, const Tickets& tickets,
+                                      cudaStream_t stream) {
   const int64_t num_rows = attention.group_size() * voting.num_rows;
   const int64_t heads = attention.batch_size * attention.num_kv_heads;
-  if (num_rows * heads == 0) return cudaSuccess;
+  if (voting.softmax_lse || num_rows * heads == 0) {
+    if (tickets.count == 0) return cudaSuccess;
+    return cudaMemsetAsync(tickets.data, 0, tickets.count * sizeof(*tickets.data), stream);
+  }
+  const int64_t splits = RowSplits::count(attention, voting.num_rows);
+  if (has_few_rows(attention, voting.num_rows)) {
+    return launch_logits({attention, voting, parts, nullptr, tickets, 0, false}, splits, stream);
+  }
   return dispatch_shape(attention, [&](auto shape) {
     using Shape = decltype(shape);
-    const int64_t keys = (attention.kv_len + splits - 1) / splits;
-    const RowNormalizerParams params{
-        attention,
-        voting,
-        parts,
-        splits,
-        (keys + Shape::kColumns - 1) / Shape::kColumns * Shape::kColumns,
-        tiles_aligned(attention)};
+    const RowNormalizerParams params{attention,
+                                     voting,
+                                     parts,
+                                     tickets,
+                                     RowSplits::keys(attention, splits, Shape::kColumns),
+                                     rows_aligned(attention)};
     const LaunchShape launch_shape{
         dim3(static_cast<unsigned>((num_rows + Shape::kRows - 1) / Shape::kRows),
              static_cast<unsigned>(splits), static_cast<unsigned>(heads)),
@@ -547,12 +479,18 @@ inline cudaError_t launch_row_normalizers(const AttentionParams& attention,
   });
 }
 
+// How many tickets launch_columns wants, if scores have parts.
+inline int64_t num_tickets(int64_t num_scores, int64_t num_keys) {
+  constexpr int64_t kMinRows = kTileWarps * 16;
+  return num_scores * ((num_keys + kMinRows - 1) / kMinRows);
+}
+
 template <bool text_weighted>
 cudaError_t launch_columns(ColumnParams params, cudaStream_t stream) {
   const AttentionParams& attention = params.attention;
   const int64_t heads = params.per_query_head ? attention.num_qo_heads : attention.num_kv_heads;
   if (attention.batch_size == 0 || params.num_keys == 0) return cudaSuccess;
-  params.aligned = tiles_aligned(attention);
+  params.aligned = rows_aligned(attention);
   return dispatch_shape(attention, [&](auto shape) {
     using Shape = decltype(shape);
     const LaunchShape launch_shape{
@@ -577,7 +515,7 @@ inline cudaError_t launch_max_of_means(ColumnParams params, int64_t num_score_he
                                        cudaStream_t stream) {
   const AttentionParams& attention = params.attention;
   if (attention.batch_size == 0 || params.num_keys == 0) return cudaSuccess;
-  params.aligned = tiles_aligned(attention);
+  params.aligned = rows_aligned(attention);
   return dispatch_shape(attention, [&](auto shape) {
     using Shape = typename decltype(shape)::Small;
     const LaunchShape launch_shape{
@@ -586,42 +524,6 @@ inline cudaError_t launch_max_of_means(ColumnParams params, int64_t num_score_he
         dim3(kTileThreads), sizeof(ColumnShared<Shape>)};
     return launch(max_of_means_kernel<Shape>, launch_shape, stream, params);
   });
-}
-
-// ---- Heads
-// ---------------------------------------------------------------------------------------
-
-struct ReduceHeadsParams {
-  const float* parts;  // [num_scores, parts_per_score, num_keys]
-  float* scores;       // [num_scores, num_keys]
-  int64_t num_scores, parts_per_score, num_keys;
-  bool is_max;
-};
-
-inline constexpr int kReduceThreads = 256;
-
-// One thread per score; parts in ascending order.
-static __global__ void reduce_heads_kernel(const ReduceHeadsParams params) {
-  const int64_t i = int64_t{blockIdx.x} * kReduceThreads + threadIdx.x;
-  if (i >= params.num_scores * params.num_keys) return;
-  const float* parts = params.parts +
-                       i / params.num_keys * params.parts_per_score * params.num_keys +
-                       i % params.num_keys;
-  float result = parts[0];
-  for (int64_t part = 1; part < params.parts_per_score; ++part) {
-    const float score = parts[part * params.num_keys];
-    result = params.is_max ? add_to_statistic<Statistic::kMax>(result, score) : result + score;
-  }
-  params.scores[i] = result;
-}
-
-inline cudaError_t launch_reduce_heads(const ReduceHeadsParams& params, cudaStream_t stream) {
-  const int64_t count = params.num_scores * params.num_keys;
-  if (count == 0) return cudaSuccess;
-  const LaunchShape shape{
-      dim3(static_cast<unsigned>((count + kReduceThreads - 1) / kReduceThreads)),
-      dim3(kReduceThreads)};
-  return launch(reduce_heads_kernel, shape, stream, params);
 }
 
 }  // namespace kvevict

@@ -5,7 +5,8 @@
 #pragma once
 
 #include "core/dtype.h"
-#include "cuda/ptx.h"
+#include "cuda/reductions.h"
+#include "cuda/vector_loads.h"
 
 namespace kvevict {
 
@@ -32,6 +33,7 @@ inline constexpr int kTileBlocks = 2;
 
 template <DType dtype, int kHeadDim_, bool small = false>
 struct TileShape {
+  static constexpr DType kDType = dtype;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kElementBytes = kvevict::kElementBytes<dtype>;
   static constexpr int kChunks = kHeadDim * kElementBytes / 16;
@@ -46,16 +48,18 @@ struct TileShape {
   static constexpr int kSteps = kChunks / 2;
   // An odd number of chunks per row puts the 8 rows of an ldmatrix into different banks.
   static constexpr int kPitch = kChunks + 1;
-
-  static __device__ __forceinline__ void multiply_add(float (&d)[4], const uint32_t (&a)[4],
-                                                      const uint32_t (&b)[2]) {
-    if constexpr (dtype == DType::kBFloat16) {
-      mma_bf16(d, a, b);
-    } else {
-      mma_fp16(d, a, b);
-    }
-  }
 };
+
+// d += a * b on tensor cores, as mma_bf16 does.
+template <DType dtype>
+__device__ __forceinline__ void multiply_add(float (&d)[4], const uint32_t (&a)[4],
+                                             const uint32_t (&b)[2]) {
+  if constexpr (dtype == DType::kBFloat16) {
+    mma_bf16(d, a, b);
+  } else {
+    mma_fp16(d, a, b);
+  }
+}
 
 template <typename Shape>
 struct TileBuffers {
@@ -68,16 +72,13 @@ struct TileBuffers {
 template <typename Shape>
 using TileProducts = float[Shape::kRowTiles][Shape::kColumnTiles][4];
 
-__device__ __forceinline__ int lane_id() { return static_cast<int>(threadIdx.x) % 32; }
-__device__ __forceinline__ int warp_id() { return static_cast<int>(threadIdx.x) / 32; }
-
 // The row of the A tile of products[r][..][i], and the column of the B tile of products[..][c][i].
 template <typename Shape>
 __device__ __forceinline__ int product_row(int r, int i) {
-  return (warp_id() * Shape::kRowTiles + r) * 16 + lane_id() / 4 + 8 * (i / 2);
+  return (warp_index() * Shape::kRowTiles + r) * 16 + lane_index() / 4 + 8 * (i / 2);
 }
 __device__ __forceinline__ int product_column(int c, int i) {
-  return c * 8 + 2 * (lane_id() % 4) + i % 2;
+  return c * 8 + 2 * (lane_index() % 4) + i % 2;
 }
 
 // Brings rows into shared memory, padded with zeros. row(i) is the address of row i or null.
@@ -87,18 +88,12 @@ __device__ __forceinline__ void load_rows(uint4 (&rows)[kRows][Shape::kPitch], i
   for (int i = threadIdx.x; i < kRows * Shape::kChunks; i += kTileThreads) {
     const int chunk = i % Shape::kChunks;
     const char* source = row(i / Shape::kChunks);
-    const bool valid = source != nullptr && chunk * 16 < row_bytes;
     uint4* destination = &rows[i / Shape::kChunks][chunk];
     if (aligned) {
+      const bool valid = source != nullptr && chunk * 16 < row_bytes;
       cp_async_16(destination, valid ? source + chunk * 16 : nullptr, valid);
     } else {
-      // Rows that start anywhere: elements one by one, visible after the same barrier.
-      uint16_t halves[8] = {};
-      for (int j = 0; valid && j < 8; ++j) {
-        halves[j] = reinterpret_cast<const uint16_t*>(source + chunk * 16)[j];
-      }
-      *destination = make_uint4(halves[0] | halves[1] << 16, halves[2] | halves[3] << 16,
-                                halves[4] | halves[5] << 16, halves[6] | halves[7] << 16);
+      *destination = read_chunk(source, chunk, row_bytes, false);  // visible after the same barrier
     }
   }
 }
@@ -112,10 +107,10 @@ struct TileMultiplier {
   // Lane l addresses row l % 16 and chunk l / 16 of A's 16 x 32-byte tiles.
   __device__ __forceinline__ void load_step(const TileBuffers<Shape>& buffers, int step,
                                             uint32_t (&tiles)[Shape::kRowTiles][4]) {
-    const int row = warp_id() * Shape::kRowTiles * 16 + lane_id() % 16;
+    const int row = warp_index() * Shape::kRowTiles * 16 + lane_index() % 16;
 #pragma unroll
     for (int r = 0; r < Shape::kRowTiles; ++r) {
-      ldmatrix_x4(tiles[r], &buffers.a[row + r * 16][step * 2 + lane_id() / 16]);
+      ldmatrix_x4(tiles[r], &buffers.a[row + r * 16][step * 2 + lane_index() / 16]);
     }
   }
 
@@ -129,7 +124,7 @@ struct TileMultiplier {
   __device__ __forceinline__ void multiply(const TileBuffers<Shape>& buffers, int stage,
                                            TileProducts<Shape>& products) {
     // The four matrices of an ldmatrix of B are two column tiles of 8 by two chunks.
-    const int row = lane_id() % 8 + lane_id() / 16 * 8;
+    const int row = lane_index() % 8 + lane_index() / 16 * 8;
 #pragma unroll(kResident ? Shape::kSteps : 4)
     for (int step = 0; step < Shape::kSteps; ++step) {
       if constexpr (!kResident) load_step(buffers, step, fragments[0]);
@@ -137,11 +132,11 @@ struct TileMultiplier {
 #pragma unroll
       for (int c = 0; c < Shape::kColumnTiles; c += 2) {
         uint32_t b[4];
-        ldmatrix_x4(b, &buffers.b[stage][c * 8 + row][step * 2 + lane_id() / 8 % 2]);
+        ldmatrix_x4(b, &buffers.b[stage][c * 8 + row][step * 2 + lane_index() / 8 % 2]);
 #pragma unroll
         for (int r = 0; r < Shape::kRowTiles; ++r) {
-          Shape::multiply_add(products[r][c], a[r], {b[0], b[1]});
-          Shape::multiply_add(products[r][c + 1], a[r], {b[2], b[3]});
+          multiply_add<Shape::kDType>(products[r][c], a[r], {b[0], b[1]});
+          multiply_add<Shape::kDType>(products[r][c + 1], a[r], {b[2], b[3]});
         }
       }
     }

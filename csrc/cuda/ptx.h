@@ -70,17 +70,6 @@ __device__ __forceinline__ void mma_fp16(float (&d)[4], const uint32_t (&a)[4],
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
-// The same for a 16 x 8, b 8 x 8 in tf32 (m16n8k8): a[i] of lane l is row l / 4 + 8 * (i % 2),
-// column l % 4 + 4 * (i / 2); b[i] is row l % 4 + 4 * i, column l / 4. Bits below tf32's 10 of
-// mantissa are ignored.
-__device__ __forceinline__ void mma_tf32(float (&d)[4], const uint32_t (&a)[4],
-                                         const uint32_t (&b)[2]) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
-      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-}
 
 // 2^x within 2 ulp; 0 for very small x (subnormal results are flushed).
 __device__ __forceinline__ float exp2_approx(float x) {

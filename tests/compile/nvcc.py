@@ -58,12 +58,23 @@ def kernel_files() -> list[Path]:
     return sorted(CSRC.glob("ops/*/*_cuda.cu"))
 
 
+def files_of(source: Path) -> set[Path]:
+    """Return a file and all that it includes of csrc, directly or not."""
+    found, todo = set(), [source]
+    while todo:
+        path = todo.pop()
+        if path not in found:
+            found.add(path)
+            names = re.findall(r'^#include "(.+)"', path.read_text(), re.MULTILINE)
+            todo += [CSRC / name for name in names]
+    return found
+
+
 def key_of(source: Path, nvcc: str) -> str:
     """Return a hash of all that a compilation may depend on."""
     version = subprocess.run([nvcc, "--version"], capture_output=True, check=True).stdout
     digest = hashlib.sha256(version + repr(OPTIONS).encode())
-    headers = (path for layer in ("core", "cuda", "ops") for path in CSRC.glob(f"{layer}/**/*.h"))
-    for path in [source, *sorted(headers)]:
+    for path in sorted(files_of(source)):
         digest.update(str(path.relative_to(CSRC)).encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 
@@ -109,6 +120,7 @@ def readable(name: str) -> str:
     name = re.sub(r"_kernel<0, ", "_kernel<float, ", name)
     name = re.sub(r"_kernel<[12], ", "_kernel<half, ", name)
     name = re.sub(r"(column_kernel<\w+, \d+), \d", r"\1", name)  # whatever statistic
+    name = re.sub(r"(logit_score_kernel)<\d>", r"\1", name)
     name = re.sub(r"(move_rows_kernel<[\w ]+), \d+", r"\1", name)  # however many threads
     return name.replace(", false>", ">")
 

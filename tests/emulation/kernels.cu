@@ -103,7 +103,6 @@ __global__ void multiply_kernel(const uint4* a, const uint4* b, float* d, int nu
     const uint32_t column[2] = {both[0], both[1]};
     if constexpr (element == Element::kBf16) mma_bf16(sums, fragment, column);
     if constexpr (element == Element::kFp16) mma_fp16(sums, fragment, column);
-    if constexpr (element == Element::kTf32) mma_tf32(sums, fragment, column);
   }
   for (int i = 0; i < 4; ++i) d[(lane / 4 + i / 2 * 8) * 8 + lane % 4 * 2 + i % 2] = sums[i];
 }
@@ -320,14 +319,13 @@ cudaError_t sum_rows(const std::string& mistake, const float* rows, float* sums,
 }
 
 cudaError_t multiply(Element element, const void* a, const void* b, float* d, int depth) {
-  const auto run = [&](auto kernel, int step) {
+  const auto run = [&](auto kernel) {
     return launch(kernel, {dim3(1), dim3(32), sizeof(MultiplyShared)}, nullptr,
-                  static_cast<const uint4*>(a), static_cast<const uint4*>(b), d, depth / step);
+                  static_cast<const uint4*>(a), static_cast<const uint4*>(b), d, depth / 16);
   };
   switch (element) {
-    case Element::kBf16: return run(multiply_kernel<Element::kBf16>, 16);
-    case Element::kFp16: return run(multiply_kernel<Element::kFp16>, 16);
-    case Element::kTf32: return run(multiply_kernel<Element::kTf32>, 8);
+    case Element::kBf16: return run(multiply_kernel<Element::kBf16>);
+    case Element::kFp16: return run(multiply_kernel<Element::kFp16>);
   }
   return cudaErrorInvalidValue;
 }

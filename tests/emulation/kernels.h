@@ -18,7 +18,7 @@ cudaError_t sum_rows(const std::string& mistake, const float* rows, float* sums,
                      int num_tiles);
 
 // d[16][8] = a[16][depth] * b[8][depth]^T on tensor cores.
-enum class Element { kBf16, kFp16, kTf32 };
+enum class Element { kBf16, kFp16 };
 cudaError_t multiply(Element element, const void* a, const void* b, float* d, int depth);
 
 // What every lane gets from every collective: results[i][lane] for the operation of names[i].

@@ -3,7 +3,7 @@
     python -m tests.emulation.mutate [--build build/mutate] [--only text]
 
 Each mutation is compiled beside the other, intact kernels into a library of its own; no file of
-the checkout changes but README.md.
+the checkout changes but README.md, whose table gets the rows of the mutations that ran.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ README = Path(__file__).with_name("README.md")
 BEGIN, END = "<!-- mutations -->\n", "<!-- end of mutations -->\n"
 LIBRARY = "libkvevict_emulated.so"
 TARGET = "kvevict_emulated"
+TESTS_OF_ALL_OPS = ["tests/emulation/test_schedules.py", "tests/emulation/test_traffic.py"]
 LIMIT_S = 900
 
 
@@ -64,18 +65,19 @@ def build_mutated(mutation: Mutation, build: Path, folder: Path) -> Path:
     compile_command = [argument for argument in command if argument != str(kernels)]
     compile_command[compile_command.index(intact)] = str(obj)
     # A header in the folder comes before the one of the checkout.
-    run([compile_command[0], f"-I{folder}", *compile_command[1:], "-O1", source], build)
+    run([*compile_command, "-O1", "-iquote", str(folder), source], build)
 
     link = run(["ninja", "-C", str(build), "-t", "commands", TARGET]).splitlines()[-1]
     link = link.removeprefix(": && ").removesuffix(" && :")
-    arguments = [str(obj) if argument == intact else argument for argument in shlex.split(link)]
+    arguments = [argument for argument in shlex.split(link) if argument != intact]
     arguments[arguments.index("-o") + 1] = str(library)
+    arguments.insert(arguments.index("-o"), str(obj))  # the first of several templates counts
     run(arguments, build)
     return library
 
 
 def first_failure(arguments: list[str], library: Path | None) -> str | None:
-    """Return the first test that fails, "" if none has a name (a crash, a hang), None if none."""
+    """Return the first test that fails, or what else goes wrong; None if all pass."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     if library is not None:
         environment["KVEVICT_EMULATED_OPS"] = str(library)
@@ -86,13 +88,13 @@ def first_failure(arguments: list[str], library: Path | None) -> str | None:
             command, cwd=ROOT, env=environment, timeout=LIMIT_S, capture_output=True, text=True
         )
     except subprocess.TimeoutExpired:
-        return ""
+        return f"no end within {LIMIT_S} s"
     if done.returncode == 0:
         return None
     failed = re.search(r"^FAILED (.+?)(?: - |$)", done.stdout, re.MULTILINE)
     if failed is None and done.returncode > 0:
         raise RuntimeError(done.stdout[-3000:] + done.stderr[-3000:])
-    return failed[1] if failed else ""
+    return failed[1] if failed else "a crash"
 
 
 @functools.cache
@@ -101,33 +103,43 @@ def fails_intact(test: str) -> bool:
 
 
 def noticed_by(mutation: Mutation, build: Path) -> str | None:
-    """Return the test that notices a mutation; None if none does."""
-    word = "select" if mutation.op == "select_topk" else f"{mutation.op}-"
-    if mutation.op == "compact_kv":
-        word = "compact_kv_-"
-    arguments = [f"tests/ops/test_{mutation.op}.py", "tests/emulation/test_schedules.py"]
-    arguments += ["-k", f"emulated or (test_schedules and {word})"]
+    """Return what shows a mutation, a test as a rule; None if nothing does."""
+    word = "score_keys-" if mutation.op == "score_keys" else mutation.op
+    arguments = [f"tests/ops/test_{mutation.op}.py", *TESTS_OF_ALL_OPS]
+    arguments += ["-k", f"emulated or (emulation and {word})"]
     with tempfile.TemporaryDirectory() as folder:
         library = build_mutated(mutation, build, Path(folder))
         failed = first_failure(arguments, library)
-    if failed and fails_intact(failed):
+    if failed and "::" in failed and fails_intact(failed):
         raise RuntimeError(f"{failed} fails without any mutation, too")
-    return "a crash or an endless loop" if failed == "" else failed
+    return failed
+
+
+def row_start(mutation: Mutation) -> str:
+    return f"| {mutation.kernel} | {mutation.what} | "
 
 
 def row_of(mutation: Mutation, test: str | None) -> str:
-    if test is not None:
-        seen = f"`{test.split('/')[-1]}`".replace("|", "\\|")
-    else:
+    if test is None:
         seen = f"equivalent: {mutation.equivalent}" if mutation.equivalent else "**nothing**"
-    return f"| {mutation.kernel} | {mutation.what} | {seen} |\n"
+    else:
+        seen = f"`{test.split('/')[-1]}`".replace("|", "\\|") if "::" in test else test
+    return f"{row_start(mutation)}{seen} |\n"
 
 
-def write_table(rows: list[str]) -> None:
+def table() -> list[str]:
+    """Return the rows that README.md has."""
+    return README.read_text().split(BEGIN)[1].split(END)[0].splitlines(keepends=True)[2:]
+
+
+def update_table(row: str) -> None:
+    """Write the row of a mutation into README.md, where MUTATIONS has it."""
+    rows = [row, *table()]
+    starts = [row_start(mutation) for mutation in MUTATIONS]
+    ordered = [next((row for row in rows if row.startswith(start)), "") for start in starts]
+    before, rest = README.read_text().split(BEGIN)
     head = "| kernel | mistake | noticed by |\n|---|---|---|\n"
-    text = README.read_text() if README.exists() else BEGIN + END
-    before, rest = text.split(BEGIN)
-    README.write_text(before + BEGIN + head + "".join(rows) + END + rest.split(END)[1])
+    README.write_text(before + BEGIN + head + "".join(ordered) + END + rest.split(END)[1])
 
 
 def main() -> int:
@@ -141,15 +153,13 @@ def main() -> int:
 
     chosen = [mutation for mutation in MUTATIONS if options.only in mutation.kernel]
     survived = 0
-    rows = []
     with ThreadPoolExecutor(options.processes) as pool:
         tests = pool.map(lambda mutation: noticed_by(mutation, build), chosen)
         for mutation, test in zip(chosen, tests, strict=True):
             survived += test is None and not mutation.equivalent
-            rows.append(row_of(mutation, test))
-            print(rows[-1], end="", flush=True)
-    if not options.only:
-        write_table(rows)
+            row = row_of(mutation, test)
+            print(row, end="", flush=True)
+            update_table(row)
     return int(survived > 0)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 TILES, ATTENTION = "csrc/cuda/mma_tiles.h", "csrc/cuda/attention_kernels.h"
+ROWS, FEW_ROWS = "csrc/cuda/attention_rows.h", "csrc/cuda/few_rows.h"
 MOVE, REDUCTIONS = "csrc/cuda/move_rows.h", "csrc/cuda/reductions.h"
 SELECT = "csrc/ops/select_topk/select_topk_cuda.cu"
 NULL = "csrc/ops/null/null_cuda.cu"
@@ -72,8 +73,8 @@ MUTATIONS = [
         (
             "lanes merge at a wrong distance",
             ATTENTION,
-            "__shfl_xor_sync(kFullWarp, total.sum, distance)",
-            "__shfl_xor_sync(kFullWarp, total.sum, 3 - distance)",
+            "merge_lanes(1, 4)",
+            "merge_lanes(2, 4)",
         ),
         (
             "own key not seen",
@@ -92,12 +93,12 @@ MUTATIONS = [
     *_of(
         "merge_normalizers_kernel",
         "attention_lse",
-        ("second split skipped", ATTENTION, "int64_t split = 1;", "int64_t split = 2;"),
+        ("second split skipped", ROWS, "int64_t split = 1;", "int64_t split = 2;"),
         (
             "wrong stride of splits",
-            ATTENTION,
-            "parts[row * num_splits + split]",
-            "parts[row + split]",
+            ROWS,
+            "Normalizer total = parts[row * num_splits];",
+            "Normalizer total = parts[row];",
         ),
         ("last row left out", LSE, "if (i >= num_rows)", "if (i + 1 >= num_rows)"),
     ),
@@ -159,38 +160,121 @@ MUTATIONS = [
         ),
     ),
     *_of(
-        "reduce_heads_kernel",
+        "column_kernel, joining parts",
         "score_keys",
-        ("second part skipped", ATTENTION, "int64_t part = 1;", "int64_t part = 2;"),
+        (
+            "second part skipped",
+            ATTENTION,
+            "int64_t i = 1; i < params.parts",
+            "int64_t i = 2; i < params.parts",
+        ),
         (
             "wrong stride of scores",
             ATTENTION,
-            "i / params.num_keys * params.parts_per_score * params.num_keys",
-            "i / params.num_keys * params.num_keys",
+            "output.parts + score * params.parts_per_score * params.num_keys",
+            "output.parts + score * params.num_keys",
         ),
         (
             "wrong stride of parts",
             ATTENTION,
-            "parts[part * params.num_keys]",
-            "parts[part]",
+            "__ldcg(parts + i * params.num_keys)",
+            "__ldcg(parts + i)",
         ),
         (
-            "last score left out",
+            "a ticket for all key tiles",
             ATTENTION,
-            "if (i >= params.num_scores * params.num_keys)",
-            "if (i + 1 >= params.num_scores * params.num_keys)",
+            "&params.tickets[score + blockIdx.x]",
+            "&params.tickets[score]",
+        ),
+        ("the block before the last joins", REDUCTIONS, "== num_blocks - 1", "== num_blocks - 2"),
+        ("tickets not cleared", REDUCTIONS, "data[i] = 0;", ";"),
+    ),
+    *_of(
+        "column_kernel, text to text",
+        "score_keys_by_text",
+        ("a row does not see itself", ATTENTION, "(viewer) >= row", "(viewer) > row"),
+        (
+            "last row left out",
+            ATTENTION,
+            "threadIdx.x >= Shape::kRows || index >= params.num_keys",
+            "threadIdx.x >= Shape::kRows || index + 1 >= params.num_keys",
+        ),
+        (
+            "rows of the first sequence",
+            ATTENTION,
+            "num_viewers(params, blockIdx.z, index)",
+            "num_viewers(params, 0, index)",
+        ),
+        (
+            "tickets of texts and keys overlap",
+            BY_TEXT,
+            "tickets.data + workspace.num_text_tickets",
+            "tickets.data",
         ),
     ),
     *_of(
-        "text_weight_kernel",
-        "score_keys_by_text",
-        ("a row does not see itself", BY_TEXT, "viewer) >= row", "viewer) > row"),
-        ("last row left out", BY_TEXT, "if (entry >= num_rows)", "if (entry + 1 >= num_rows)"),
+        "logit_kernel",
+        "score_keys",
+        ("own key not seen", FEW_ROWS, "key_index[half] <= last_key", "key_index[half] < last_key"),
         (
-            "wrong stride of sequences",
-            BY_TEXT,
-            "(batch * attention.num_kv_heads + head)",
-            "(batch + head)",
+            "lanes merge at a wrong distance",
+            FEW_ROWS,
+            "merge_lanes(4, kWarpSize)",
+            "merge_lanes(8, kWarpSize)",
+        ),
+        (
+            "no barrier before warps merge",
+            FEW_ROWS,
+            "  __syncthreads();\n  const int column",
+            "  const int column",
+        ),
+        ("second warp skipped", FEW_ROWS, "int warp = 1;", "int warp = 2;"),
+        ("wrong stride of warps", FEW_ROWS, "tile += kTileWarps * 16", "tile += kTileWarps * 8"),
+        (
+            "chunks of keys in another order",
+            FEW_ROWS,
+            "{query[c][i].x, query[c][i].y}",
+            "{query[c][i].x, query[c][i].z}",
+        ),
+        (
+            "last row left out",
+            FEW_ROWS,
+            "product_column(c, side) < rows.size()",
+            "product_column(c, side) + 1 < rows.size()",
+        ),
+    ),
+    *_of(
+        "logit_score_kernel",
+        "score_keys",
+        (
+            "no barrier before normalizers are read",
+            FEW_ROWS,
+            "  __syncthreads();\n\n  const int64_t key",
+            "  const int64_t key",
+        ),
+        (
+            "last key left out",
+            FEW_ROWS,
+            "if (key >= attention.kv_len)",
+            "if (key + 1 >= attention.kv_len)",
+        ),
+        (
+            "wrong stride of heads",
+            FEW_ROWS,
+            "head * num_rows + entry, Constant<statistic>",
+            "head + entry, Constant<statistic>",
+        ),
+        (
+            "a warp takes every other row",
+            FEW_ROWS,
+            "i += kScoreThreads / kWarpSize",
+            "i += 2 * kScoreThreads / kWarpSize",
+        ),
+        (
+            "second round of splits skipped",
+            ROWS,
+            "split < num_splits; split += 32",
+            "split < min(num_splits, int64_t{1}); split += 32",
         ),
     ),
     *_of(
@@ -228,9 +312,9 @@ MUTATIONS = [
         ),
         (
             "elements behind a narrow row",
-            DIVERSITY,
-            "first_element() < params.head_dim",
-            "first_element() <= params.head_dim",
+            VECTORS,
+            "chunk * 16 >= row_bytes",
+            "chunk * 16 > row_bytes",
         ),
         ("odd elements keep the even ones' bits", VECTORS, "words[j] & 0xFFFF0000u", "words[j]"),
         ("rows on any address", VECTORS, "address % 16 == 0 && strides", "strides"),
@@ -358,6 +442,18 @@ MUTATIONS = [
             "__shfl_up_sync(kFullWarp, sum, distance)",
             "__shfl_up_sync(kFullWarp, sum, distance - 1)",
         ),
+        (
+            "last entry not filled up",
+            SELECT,
+            "i < k; i += num_threads",
+            "i + 1 < k; i += num_threads",
+        ),
+        (
+            "a lane counts itself",
+            REDUCTIONS,
+            "(1u << lane_index()) - 1",
+            "(2u << lane_index()) - 1",
+        ),
         ("a key behind the row", SELECT, "index + 3 >= kv_len", "index + 2 >= kv_len"),
         ("ties of all digits", SELECT, "threshold.ties -= bucket.above;", ""),
     ),
@@ -432,6 +528,7 @@ MUTATIONS = [
             "first < kWarpSize; first += kKeysInFlight",
             "first + kKeysInFlight < kWarpSize; first += kKeysInFlight",
         ),
+        ("wrong stride of rows", SELECT, "segments + row * num_segments", "segments + row"),
     ),
     *_of(
         "decide_kernel",
@@ -471,16 +568,16 @@ MUTATIONS = [
             "__shfl_sync(kFullWarp, above_bits, word ^ 1)",
         ),
         (
-            "last entry not filled up",
+            "wrong stride of blocks that fill up",
             SELECT,
-            "i < k; i += num_threads",
-            "i + 1 < k; i += num_threads",
+            "place.block * kSegmentThreads + threadIdx.x",
+            "threadIdx.x",
         ),
         (
-            "a lane counts itself",
-            REDUCTIONS,
-            "(1u << lane_index()) - 1",
-            "(2u << lane_index()) - 1",
+            "candidates of earlier words forgotten",
+            SELECT,
+            "num_candidates += __popc(candidates);\n    if",
+            "if",
         ),
     ),
     *_of(
@@ -523,6 +620,12 @@ MUTATIONS = [
         ),
         ("last column left out", MOVE, "* kSector, num_columns)", "* kSector, num_columns - 1)"),
         ("vectors wider than rows", MOVE, "rows.stride_seq | row_bytes;", "rows.stride_seq;"),
+        (
+            "threads that are left over copy, too",
+            MOVE,
+            "thread < row_step * width ? thread / width : 1u << 31",
+            "thread / width",
+        ),
     ),
     *_of(
         "move_rows_kernel, compact",
@@ -536,6 +639,7 @@ MUTATIONS = [
         ),
         ("ring one slot short", MOVE, "kMoveSlots = kMoveAhead + 1", "kMoveSlots = kMoveAhead"),
         ("rows in place are others", MOVE, "place == read", "place == read + 1"),
+        ("rows in place are copied, too", MOVE, "!valid || place == read", "!valid"),
     ),
     *_of(
         "pool_scores_kernel",

@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 from tests.emulation.schedules import ALL_SCHEDULES, Schedule, running
 from tests.support.backends import EMULATED
 from tests.support.checks import Arguments, assert_same_bytes, outcome
+from tests.support.moving import moving_arguments
 from tests.support.patterns import PATTERNS
 from tests.support.samples import NAMES, Sizes, make_sample
 
@@ -55,9 +56,17 @@ def test_samples(
 
 @pytest.mark.parametrize("kv_len", [4097, 20_011, 70_001])
 @pytest.mark.parametrize("pattern", ["random", "ties_at_pivot"])
-def test_selection_from_long_rows(emulator: ModuleType, pattern: str, kv_len: int) -> None:
+def test_select_topk_from_long_rows(emulator: ModuleType, pattern: str, kv_len: int) -> None:
     scores = PATTERNS[pattern]((1, 2, kv_len))
     assert_bit_equal(emulator, "select_topk", {"scores": scores, "k": kv_len // 3})
+
+
+@pytest.mark.parametrize("op", ["gather_kv", "compact_kv_"])
+def test_long_lists(emulator: ModuleType, op: str) -> None:
+    """More batches of rows than are on their way at a time."""
+    lens = (2900, 2400)
+    arguments = moving_arguments("cpu", (2, 1), k=2900, lens=lens, kv_len=3000, num_layers=1)
+    assert_bit_equal(emulator, op, arguments)
 
 
 @pytest.mark.parametrize("sample", ["full", "plain"])

@@ -167,21 +167,20 @@ float truncate(double x) {
 }
 
 // d += a * b. The sum of all products and d is rounded once.
-template <int kDepth>
-void multiply_add(float (&d)[16][8], const float (&a)[16][kDepth], const float (&b)[kDepth][8]) {
+void multiply_add(float (&d)[16][8], const float (&a)[16][16], const float (&b)[16][8]) {
   for (int row = 0; row < 16; ++row) {
     double sums[8];
     for (int j = 0; j < 8; ++j) sums[j] = d[row][j];
-    for (int k = 0; k < kDepth; ++k) {
+    for (int k = 0; k < 16; ++k) {
       for (int j = 0; j < 8; ++j) sums[j] += static_cast<double>(a[row][k]) * b[k][j];
     }
     for (int j = 0; j < 8; ++j) d[row][j] = truncate(sums[j]);
   }
 }
 
-template <int kDepth, typename F>
+template <typename F>
 void complete_mma(void* const* lanes, F&& unpack) {
-  float a[16][kDepth], b[kDepth][8], d[16][8];
+  float a[16][16], b[16][8], d[16][8];
   for (int lane = 0; lane < kWarpSize; ++lane) {
     const auto& data = lane_data<MmaLane>(lanes, lane);
     const int group = lane / 4, in_group = lane % 4;
@@ -199,7 +198,7 @@ void complete_mma(void* const* lanes, F&& unpack) {
 // m16n8k16
 template <float (*convert)(uint16_t)>
 void complete_mma_16_bit(void* const* lanes, uint32_t) {
-  complete_mma<16>(lanes, [](const MmaLane& data, int group, int in_group, auto& a, auto& b) {
+  complete_mma(lanes, [](const MmaLane& data, int group, int in_group, auto& a, auto& b) {
     for (int half = 0; half < 2; ++half) {
       const auto unpacked = [half](uint32_t pair) {
         return convert(static_cast<uint16_t>(pair >> (16 * half)));
@@ -211,20 +210,8 @@ void complete_mma_16_bit(void* const* lanes, uint32_t) {
   });
 }
 
-// m16n8k8
-void complete_mma_tf32(void* const* lanes, uint32_t) {
-  constexpr uint32_t kKeptBits = 0xFFFFE000u;
-  complete_mma<8>(lanes, [](const MmaLane& data, int group, int in_group, auto& a, auto& b) {
-    for (int i = 0; i < 4; ++i) {
-      a[group + 8 * (i % 2)][in_group + 4 * (i / 2)] = from_bits(data.a[i] & kKeptBits);
-    }
-    for (int i = 0; i < 2; ++i) b[in_group + 4 * i][group] = from_bits(data.b[i] & kKeptBits);
-  });
-}
-
 constexpr Collective kMmaBf16 = {"mma bf16", complete_mma_16_bit<from_bf16>, true};
 constexpr Collective kMmaFp16 = {"mma fp16", complete_mma_16_bit<fp16_to_float>, true};
-constexpr Collective kMmaTf32 = {"mma tf32", complete_mma_tf32, true};
 
 void mma(const Collective& kind, float* d, const uint32_t* a, const uint32_t* b) {
   MmaLane lane{d, a, b};
@@ -283,9 +270,6 @@ void mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
 }
 void mma_fp16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   mma(kMmaFp16, d, a, b);
-}
-void mma_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  mma(kMmaTf32, d, a, b);
 }
 
 }  // namespace kvevict::emulation

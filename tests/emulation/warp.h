@@ -23,6 +23,5 @@ float fp16_to_float(uint16_t bits);
 void load_matrices(uint32_t (&registers)[4], const void* shared_row, bool transpose);
 void mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
 void mma_fp16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
-void mma_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
 
 }  // namespace kvevict::emulation

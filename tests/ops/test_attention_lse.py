@@ -31,6 +31,16 @@ def test_matches_oracle(backend: Backend, shape: Shape, dtype: torch.dtype) -> N
     assert_matches_oracle(backend, OP, {**arguments, "causal": False, "sm_scale": -0.7})
 
 
+@pytest.mark.parametrize("num_rows", [1, 2, 3, 4, 5])
+def test_few_rows(backend: Backend, num_rows: int) -> None:
+    """The rows of one or a few tokens; on CUDA up to 16 per KV head go another way."""
+    dtype = (torch.bfloat16, torch.float16)[num_rows % 2]
+    arguments = attention_arguments(shapes.DECODE, backend.device, dtype)
+    arguments["query"] = arguments["query"][:, :, -num_rows:]
+    assert_matches_oracle(backend, OP, arguments)
+    assert_matches_oracle(backend, OP, {**arguments, "causal": False, "sm_scale": -0.7})
+
+
 def test_not_causal_takes_more_rows_than_keys(backend: Backend) -> None:
     shape = Shape("free", qo_len=19, kv_len=5, left_padding=(2, 5))
     lse = assert_matches_oracle(

@@ -77,6 +77,19 @@ def test_given_lse(backend: Backend, statistic: int, head_reduction: int) -> Non
 
 
 @every_mode
+@pytest.mark.parametrize("num_rows", [1, 2, 3, 4, 5])
+def test_few_rows(backend: Backend, statistic: int, head_reduction: int, num_rows: int) -> None:
+    """The rows of one or a few tokens; on CUDA up to 16 per KV head go another way."""
+    dtype = (torch.bfloat16, torch.float16)[num_rows % 2]
+    arguments = attention_arguments(shapes.DECODE, backend.device, dtype)
+    arguments |= {"statistic": statistic, "head_reduction": head_reduction}
+    last = {**arguments, "query": arguments["query"][:, :, -num_rows:]}
+    assert_matches_oracle(backend, OP, last)
+    voting = voting_arguments(shapes.DECODE, backend.device, num_rows=num_rows)
+    assert_matches_oracle(backend, OP, {**arguments, **voting, "causal": False})
+
+
+@every_mode
 @pytest.mark.parametrize("num_rows", [0, 3])
 def test_no_voting_row(
     backend: Backend, statistic: int, head_reduction: int, num_rows: int
@@ -137,9 +150,10 @@ def test_scale_is_any_finite_number(backend: Backend, sm_scale: float) -> None:
 
 
 @pytest.mark.every_isa
-def test_nan_reaches_the_keys_that_its_row_sees(backend: Backend) -> None:
-    query = torch.randn(1, 1, 2, 16, device=backend.device)
-    key = torch.randn(1, 1, 40, 16, device=backend.device) * 60
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_nan_reaches_the_keys_that_its_row_sees(backend: Backend, dtype: torch.dtype) -> None:
+    query = torch.randn(1, 1, 2, 16, device=backend.device).to(dtype)
+    key = (torch.randn(1, 1, 40, 16, device=backend.device) * 60).to(dtype)
     key[0, 0, 3, 5] = torch.nan
     key_mask = torch.ones(1, 40, dtype=torch.bool, device=backend.device)
     key_mask[0, 7] = False
@@ -148,14 +162,26 @@ def test_nan_reaches_the_keys_that_its_row_sees(backend: Backend) -> None:
     assert scores[0, 0, 7] == 0
 
 
-def test_nan_is_not_hidden(backend: Backend) -> None:
+@pytest.mark.parametrize("qo_len", [21, 12])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_nan_is_not_hidden(backend: Backend, dtype: torch.dtype, qo_len: int) -> None:
     """One row with a NaN spoils the scores of all keys that it sees, and no other head's."""
-    shape = Shape("square", qo_len=21, num_kv_heads=4)
-    arguments = attention_arguments(shape, backend.device)
-    arguments["query"][:, 2, 11, 3] = torch.nan
+    shape = Shape("tall", qo_len=qo_len, num_kv_heads=4)
+    arguments = attention_arguments(shape, backend.device, dtype)
+    arguments["query"][:, 2, -10, 3] = torch.nan
     scores = backend.op(OP)(**arguments)
     assert scores[:, 2, :12].isnan().all()
     assert scores[:, [0, 1, 3]].isfinite().all()
+
+
+@pytest.mark.parametrize("num_rows", [2, 9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rows_that_start_anywhere(backend: Backend, dtype: torch.dtype, num_rows: int) -> None:
+    """A slice of the last dimension is not aligned to 16 bytes."""
+    shape = Shape("whole", kv_len=150, qo_len=num_rows, head_dim=80)
+    arguments = attention_arguments(shape, backend.device, dtype)
+    shifted = {name: arguments[name][..., 3:75] for name in ("query", "key")}
+    assert_matches_oracle(backend, OP, shifted)
 
 
 def test_offsets_of_64_bits(backend: Backend) -> None:

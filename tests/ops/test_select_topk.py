@@ -100,6 +100,18 @@ def test_priority_of_many_keys(backend: Backend, classes: int) -> None:
     assert_exact(backend, scores, 45_000, row_k, priority)
 
 
+@pytest.mark.parametrize("per_head", [False, True])
+def test_lists_of_many_keys_with_priority(backend: Backend, per_head: bool) -> None:
+    """Lists that are shared out, too; one of them keeps nothing."""
+    kv_len = 66_001
+    scores = PATTERNS["ties_at_pivot"]((1, 2, kv_len))
+    size = (1, 2, kv_len) if per_head else (1, kv_len)
+    priority = torch.randint(0, 4, size, dtype=torch.uint8)
+    row_k = torch.tensor([[0, 20_000]], dtype=torch.int32)
+    for k in (20_000, 60_000):
+        assert_exact(backend, scores, k, row_k, priority)
+
+
 def test_many_short_lists(backend: Backend) -> None:
     assert_exact(backend, PATTERNS["two_values"]((37, 11, 9)), 4)
 

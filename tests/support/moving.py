@@ -94,6 +94,9 @@ def _cases() -> dict[str, Callable[[str], Arguments]]:
         calls[f"lists_{outer}-without_lens"] = {"outer": outer, "lens": (20,), "with_lens": False}
     for kv_len, k in KV_LENS_AND_K:
         calls[f"kv_len_{kv_len}-k_{k}"] = {"kv_len": kv_len, "k": k, "lens": (k, k // 2)}
+    # Rows of 8 and 24 bytes at distances of 16 and 32.
+    narrow = {"dtype": torch.uint8, "head_dim": 8, "value_dim": 24, "layout": "sliced"}
+    calls["rows_less_aligned_than_strides"] = narrow
     calls["batch_0"] = {"batch_size": 0, "outer": (0, 3)}
 
     def maker(call: dict[str, object]) -> Callable[[str], Arguments]:

@@ -22,7 +22,8 @@ __global__ void merge_normalizers_kernel(const AttentionLseParams params,
 }  // namespace
 
 int64_t AttentionLse::cuda_workspace_bytes(const AttentionLseParams& params) {
-  return RowSplits::bytes(params.attention, params.attention.qo_len);
+  return RowSplits::num_parts(params.attention, params.attention.qo_len) *
+         int64_t{sizeof(Normalizer)};
 }
 
 int AttentionLse::launch_cuda(const AttentionLseParams& params, void* workspace,
@@ -33,7 +34,7 @@ int AttentionLse::launch_cuda(const AttentionLseParams& params, void* workspace,
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
   auto* parts = static_cast<Normalizer*>(workspace);
   const cudaError_t error =
-      launch_row_normalizers(attention, all_rows(attention), parts, cuda_stream);
+      launch_normalizers(attention, all_rows(attention), parts, /*tickets=*/{}, cuda_stream);
   if (error != cudaSuccess) return error;
   const RowNormalizers normalizers{parts, RowSplits::count(attention, attention.qo_len)};
   const LaunchShape shape{dim3(static_cast<unsigned>((num_rows + kThreads - 1) / kThreads)),

@@ -34,9 +34,6 @@ inline void mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[
 inline void mma_fp16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   emulation::mma_fp16(d, a, b);
 }
-inline void mma_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  emulation::mma_tf32(d, a, b);
-}
 
 inline float exp2_approx(float x) {
   const float result = exp2f(x);

@@ -1,0 +1,76 @@
+"""What scoring and mixing cost a GPU: how many kernels, how often the keys are multiplied."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import pytest
+import torch
+
+from kvevict import reference
+from kvevict.ops.enums import HeadReduction, Statistic
+from tests.support.backends import EMULATED
+from tests.support.checks import Arguments
+from tests.support.samples import Sizes
+from tests.support.scoring import attention_arguments
+from tests.support.shapes import Shape, make_rows
+
+PROMPT = Shape("prompt", 1, 8, 2, 40, 150, 64)
+DECODE = Shape("decode", 2, 8, 2, 1, 1000, 128)
+
+
+def counters_of(emulator: ModuleType, op: str, arguments: Arguments) -> dict[str, int]:
+    emulator.reset_counters()
+    EMULATED.op(op)(**arguments)
+    counters: dict[str, int] = emulator.counters()
+    return counters
+
+
+def arguments_of(shape: Shape, *, given_lse: bool = False) -> Arguments:
+    arguments = attention_arguments(shape, "cpu", torch.bfloat16)
+    if given_lse:
+        lse = reference.attention_lse(arguments["query"], arguments["key"])
+        arguments["softmax_lse"] = lse.float()
+    return arguments
+
+
+@pytest.mark.parametrize("statistic", list(Statistic))
+@pytest.mark.parametrize("head_reduction", list(HeadReduction))
+@pytest.mark.parametrize(("given_lse", "launches"), [(True, 1), (False, 2)])
+def test_score_keys(
+    emulator: ModuleType, statistic: int, head_reduction: int, given_lse: bool, launches: int
+) -> None:
+    arguments = arguments_of(PROMPT, given_lse=given_lse)
+    arguments |= {"statistic": statistic, "head_reduction": head_reduction}
+    assert counters_of(emulator, "score_keys", arguments)["launches"] == launches
+
+
+@pytest.mark.parametrize(("given_lse", "launches"), [(True, 2), (False, 3)])
+def test_score_keys_by_text(emulator: ModuleType, given_lse: bool, launches: int) -> None:
+    arguments = arguments_of(PROMPT, given_lse=given_lse)
+    arguments["row_index"] = make_rows(1, 11, PROMPT.qo_len)
+    assert counters_of(emulator, "score_keys_by_text", arguments)["launches"] == launches
+
+
+@pytest.mark.parametrize("op", ["score_keys", "attention_lse"])
+def test_decoding_multiplies_every_key_once(emulator: ModuleType, op: str) -> None:
+    counters = counters_of(emulator, op, arguments_of(DECODE))
+    key_tiles = -(-DECODE.kv_len // 16)
+    steps = DECODE.head_dim // 16
+    assert counters["launches"] == 2
+    assert counters["mmas"] == DECODE.batch_size * DECODE.num_kv_heads * key_tiles * steps
+
+
+@pytest.mark.parametrize(("kv_len", "groups"), [(0, 1), (100, 1), (400, 4), (600, 1)])
+def test_key_diversity_goes_by_heads_that_fit_half_of_the_l2(
+    emulator: ModuleType, kv_len: int, groups: int
+) -> None:
+    """Of 128 KB, 400 keys leave room for no second head, and 600 for none: then all go at once."""
+    key = torch.randn(2, 2, kv_len, 64)
+    assert counters_of(emulator, "key_diversity", {"key": key})["launches"] == 2 * groups
+
+
+@pytest.mark.parametrize(("kv_len", "launches"), [(8192, 1), (8193, 2)])
+def test_mix_scores(emulator: ModuleType, kv_len: int, launches: int) -> None:
+    arguments = Sizes(batch_size=1, kv_len=kv_len).mixed_scores()
+    assert counters_of(emulator, "mix_scores", arguments)["launches"] == launches
