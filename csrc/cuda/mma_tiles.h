@@ -6,6 +6,7 @@
 
 #include "core/dtype.h"
 #include "cuda/reductions.h"
+#include "cuda/vector_loads.h"
 
 namespace kvevict {
 
@@ -78,18 +79,6 @@ __device__ __forceinline__ int product_row(int r, int i) {
 }
 __device__ __forceinline__ int product_column(int c, int i) {
   return c * 8 + 2 * (lane_index() % 4) + i % 2;
-}
-
-// Reads 16 bytes of a row, zeros behind its end and where there is no row.
-__device__ __forceinline__ uint4 read_chunk(const char* row, int chunk, int row_bytes,
-                                            bool aligned) {
-  if (row == nullptr || chunk * 16 >= row_bytes) return make_uint4(0, 0, 0, 0);
-  const char* source = row + chunk * 16;
-  if (aligned) return *reinterpret_cast<const uint4*>(source);
-  uint16_t halves[8];
-  for (int j = 0; j < 8; ++j) halves[j] = reinterpret_cast<const uint16_t*>(source)[j];
-  return make_uint4(halves[0] | halves[1] << 16, halves[2] | halves[3] << 16,
-                    halves[4] | halves[5] << 16, halves[6] | halves[7] << 16);
 }
 
 // Brings rows into shared memory, padded with zeros. row(i) is the address of row i or null.

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Rows of a tensor as floats in registers, several elements per thread.
+// Rows of a tensor in registers: 16 bytes at a time, as they are stored or as floats.
 #pragma once
 
 #include "core/dtype.h"
@@ -15,18 +15,29 @@ inline bool rows_aligned(const HeadTensor& tensor, int element_bytes) {
   return address % 16 == 0 && strides * element_bytes % 16 == 0;
 }
 
+// Reads 16 bytes of a row, zeros behind its end and where there is no row.
+__device__ __forceinline__ uint4 read_chunk(const char* row, int chunk, int row_bytes,
+                                            bool aligned) {
+  if (row == nullptr || chunk * 16 >= row_bytes) return make_uint4(0, 0, 0, 0);
+  const char* source = row + chunk * 16;
+  if (aligned) return *reinterpret_cast<const uint4*>(source);
+  uint16_t halves[8];
+  for (int j = 0; j < 8; ++j) halves[j] = reinterpret_cast<const uint16_t*>(source)[j];
+  return make_uint4(halves[0] | halves[1] << 16, halves[2] | halves[3] << 16,
+                    halves[4] | halves[5] << 16, halves[6] | halves[7] << 16);
+}
+
 // Eight neighboring elements of a row, in the bits in which they are stored.
 template <DType dtype>
 struct EightElements {
   static constexpr int kVectors = 8 * kElementBytes<dtype> / 16;
   uint4 vectors[kVectors];
 
-  // aligned: to 16 bytes, else only to an element.
-  __device__ __forceinline__ void load(const char* source, bool aligned) {
+  // The index-th eight; zeros behind the end of the row and where there is no row.
+  __device__ __forceinline__ void read(const char* row, int index, int row_bytes, bool aligned) {
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
-      vectors[i] = aligned ? __ldg(reinterpret_cast<const uint4*>(source) + i)
-                           : load_unaligned(source + 16 * i);
+      vectors[i] = read_chunk(row, index * kVectors + i, row_bytes, aligned);
     }
   }
 
@@ -47,21 +58,6 @@ struct EightElements {
         }
       }
     }
-  }
-
- private:
-  static __device__ __forceinline__ uint4 load_unaligned(const char* source) {
-    uint32_t words[4];
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      if constexpr (dtype == DType::kFloat32) {
-        words[j] = __ldg(reinterpret_cast<const uint32_t*>(source) + j);
-      } else {
-        const auto* halves = reinterpret_cast<const uint16_t*>(source) + 2 * j;
-        words[j] = __ldg(halves) | static_cast<uint32_t>(__ldg(halves + 1)) << 16;
-      }
-    }
-    return {words[0], words[1], words[2], words[3]};
   }
 };
 

@@ -341,9 +341,9 @@ MUTATIONS = [
         ),
         (
             "elements behind a narrow row",
-            DIVERSITY,
-            "first_element() < params.head_dim",
-            "first_element() <= params.head_dim",
+            VECTORS,
+            "chunk * 16 >= row_bytes",
+            "chunk * 16 > row_bytes",
         ),
         ("odd elements keep the even ones' bits", VECTORS, "words[j] & 0xFFFF0000u", "words[j]"),
         ("rows on any address", VECTORS, "address % 16 == 0 && strides", "strides"),

@@ -12,6 +12,7 @@ from kvevict.ops.enums import HeadReduction, Statistic
 from tests.support.backends import EMULATED
 from tests.support.checks import Arguments
 from tests.support.moving import make_caches
+from tests.support.samples import Sizes
 from tests.support.scoring import attention_arguments
 from tests.support.shapes import Shape, make_rows
 
@@ -76,3 +77,18 @@ def test_decoding_multiplies_every_key_once(emulator: ModuleType, op: str) -> No
     steps = DECODE.head_dim // 16
     assert counters["launches"] == 2
     assert counters["mmas"] == DECODE.batch_size * DECODE.num_kv_heads * key_tiles * steps
+
+
+@pytest.mark.parametrize(("kv_len", "groups"), [(0, 1), (100, 1), (400, 4), (600, 1)])
+def test_key_diversity_goes_by_heads_that_fit_half_of_the_l2(
+    emulator: ModuleType, kv_len: int, groups: int
+) -> None:
+    """Of 128 KB, 400 keys leave room for no second head, and 600 for none: then all go at once."""
+    key = torch.randn(2, 2, kv_len, 64)
+    assert counters_of(emulator, "key_diversity", {"key": key})["launches"] == 2 * groups
+
+
+@pytest.mark.parametrize(("kv_len", "launches"), [(8192, 1), (8193, 2)])
+def test_mix_scores(emulator: ModuleType, kv_len: int, launches: int) -> None:
+    arguments = Sizes(batch_size=1, kv_len=kv_len).mixed_scores()
+    assert counters_of(emulator, "mix_scores", arguments)["launches"] == launches

@@ -55,9 +55,8 @@ struct KeyPlace {
   bool aligned;
   int64_t head, chunk;  // of all heads; of the head
   int64_t begin, end;   // of the chunk
-  const char* rows;     // of this thread's elements
+  const char* rows;     // of the head
   const bool* mask;     // of the sequence, or null
-  bool has_elements;    // whether head_dim reaches to this lane
 
   __device__ KeyPlace(const KeyDiversityParams& params, const Chunks& chunks, int64_t first_head,
                       bool aligned)
@@ -67,12 +66,10 @@ struct KeyPlace {
         chunk(blockIdx.x % chunks.num_chunks),
         begin(chunk * chunks.chunk_keys),
         end(min(begin + chunks.chunk_keys, params.kv_len)),
-        mask(params.mask_of(head)),
-        has_elements(first_element() < params.head_dim) {
+        mask(params.mask_of(head)) {
     const int64_t batch = head / params.num_kv_heads;
     const int64_t row = params.key.offset(batch, head - batch * params.num_kv_heads, 0);
-    rows =
-        static_cast<const char*>(params.key.data) + (row + first_element()) * kElementBytes<dtype>;
+    rows = static_cast<const char*>(params.key.data) + row * kElementBytes<dtype>;
   }
 
   static __device__ __forceinline__ int lane() { return static_cast<int>(threadIdx.x) % kLanes; }
@@ -86,6 +83,7 @@ struct KeyPlace {
   // key that is not real are zeros.
   template <typename F>
   __device__ __forceinline__ void visit(const F& f) const {
+    const int row_bytes = static_cast<int>(params.head_dim) * kElementBytes<dtype>;
     for (int64_t first = begin; first < end; first += kUnroll * kKeys<kLanes>) {
       EightElements<dtype> loaded[kUnroll];
       bool real[kUnroll];
@@ -93,10 +91,8 @@ struct KeyPlace {
       for (int i = 0; i < kUnroll; ++i) {
         const int64_t key_index = first + i * kKeys<kLanes> + key_in_block();
         real[i] = key_index < end && (!mask || mask[key_index]);
-        loaded[i] = {};
-        if (real[i] && has_elements) {
-          loaded[i].load(rows + key_index * params.key.stride_seq * kElementBytes<dtype>, aligned);
-        }
+        const char* row = rows + key_index * params.key.stride_seq * kElementBytes<dtype>;
+        loaded[i].read(real[i] ? row : nullptr, lane(), row_bytes, aligned);
       }
 #pragma unroll
       for (int i = 0; i < kUnroll; ++i) {
