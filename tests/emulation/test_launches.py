@@ -1,4 +1,4 @@
-"""What scoring costs a GPU: how many kernels, and how often the keys are multiplied."""
+"""What products cost a GPU: how many kernels, and how often tokens are multiplied."""
 
 from __future__ import annotations
 
@@ -58,3 +58,21 @@ def test_decoding_multiplies_every_key_once(emulator: ModuleType, op: str) -> No
     steps = DECODE.head_dim // 16
     assert counters["launches"] == 2
     assert counters["mmas"] == DECODE.batch_size * DECODE.num_kv_heads * key_tiles * steps
+
+
+@pytest.mark.parametrize("dim", [64, 256])
+def test_groups_meet_only_their_own_targets(emulator: ModuleType, dim: int) -> None:
+    """Two of 8 groups are in a tile of 128 sources, and two tiles of 64 targets."""
+    places = torch.arange(1024, dtype=torch.int32)
+    arguments = {
+        "tokens": torch.randn(1, 1, 1024, dim, dtype=torch.bfloat16),
+        "source_index": places[None, None, :512],
+        "target_index": places[None, None, 512:],
+    }
+    without = counters_of(emulator, "match_tokens", arguments)
+    groups = (places[:512] // 64)[None, None]
+    arguments |= {"source_group": groups, "target_group": groups}
+    with_groups = counters_of(emulator, "match_tokens", arguments)
+    assert without["launches"] == with_groups["launches"] == 3
+    assert without["mmas"] == (512 // 16) * (512 // 8) * (dim // 16)
+    assert with_groups["mmas"] * 4 == without["mmas"]
