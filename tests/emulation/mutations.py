@@ -574,10 +574,10 @@ MUTATIONS = [
             "end_target = places.high;",
         ),
         (
-            "lanes join at a wrong distance",
+            "two of four lanes join",
             MATCH,
             "distance < 4; distance *= 2",
-            "distance < 4; distance += 2",
+            "distance < 2; distance *= 2",
         ),
         (
             "a lane's rank without its place",

@@ -1,4 +1,4 @@
-"""What products cost a GPU: how many kernels, and how often tokens are multiplied."""
+"""What ops cost a GPU: how many kernels, and how often the keys are multiplied."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from kvevict import reference
 from kvevict.ops.enums import HeadReduction, Statistic
 from tests.support.backends import EMULATED
 from tests.support.checks import Arguments
+from tests.support.moving import make_caches
 from tests.support.scoring import attention_arguments
 from tests.support.shapes import Shape, make_rows
 
@@ -51,6 +52,23 @@ def test_score_keys_by_text(emulator: ModuleType, given_lse: bool, launches: int
     assert counters_of(emulator, "score_keys_by_text", arguments)["launches"] == launches
 
 
+@pytest.mark.parametrize("max_evicted", [None, 10])
+def test_select_threshold(emulator: ModuleType, max_evicted: int | None) -> None:
+    sums = torch.rand(2, 2, 3000)
+    candidates = torch.ones(2, 3000, dtype=torch.bool)
+    arguments = {"sums": sums, "maxima": sums, "candidates": candidates, "kappa": 0.9, "alpha": 1.0}
+    arguments["max_evicted"] = max_evicted
+    assert counters_of(emulator, "select_threshold", arguments)["launches"] == 3
+
+
+def test_evict_slots_of_all_layers(emulator: ModuleType) -> None:
+    keys, values = make_caches("cpu", num_layers=32, batch_size=1, kv_len=9, head_dim=8)
+    slots = torch.zeros(32, 1, 3, 1, dtype=torch.int32)
+    kv_lens = torch.full((1, 1), 9, dtype=torch.int32)
+    arguments = {"keys": keys, "values": values, "slots": slots, "kv_lens": kv_lens}
+    assert counters_of(emulator, "evict_slots_", arguments)["launches"] == 1
+
+
 @pytest.mark.parametrize("op", ["score_keys", "attention_lse"])
 def test_decoding_multiplies_every_key_once(emulator: ModuleType, op: str) -> None:
     counters = counters_of(emulator, op, arguments_of(DECODE))
@@ -58,21 +76,3 @@ def test_decoding_multiplies_every_key_once(emulator: ModuleType, op: str) -> No
     steps = DECODE.head_dim // 16
     assert counters["launches"] == 2
     assert counters["mmas"] == DECODE.batch_size * DECODE.num_kv_heads * key_tiles * steps
-
-
-@pytest.mark.parametrize("dim", [64, 256])
-def test_groups_meet_only_their_own_targets(emulator: ModuleType, dim: int) -> None:
-    """Two of 8 groups are in a tile of 128 sources, and two tiles of 64 targets."""
-    places = torch.arange(1024, dtype=torch.int32)
-    arguments = {
-        "tokens": torch.randn(1, 1, 1024, dim, dtype=torch.bfloat16),
-        "source_index": places[None, None, :512],
-        "target_index": places[None, None, 512:],
-    }
-    without = counters_of(emulator, "match_tokens", arguments)
-    groups = (places[:512] // 64)[None, None]
-    arguments |= {"source_group": groups, "target_group": groups}
-    with_groups = counters_of(emulator, "match_tokens", arguments)
-    assert without["launches"] == with_groups["launches"] == 3
-    assert without["mmas"] == (512 // 16) * (512 // 8) * (dim // 16)
-    assert with_groups["mmas"] * 4 == without["mmas"]
