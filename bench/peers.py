@@ -246,7 +246,7 @@ def merge_rows(states: Tensor, inputs: MergeInputs) -> Tensor:
     """The weighted mean of targets and the rows that are matched to them, of all tokens."""
     weight = inputs.weight.unsqueeze(-1)
     sums = states.float() * weight
-    target = inputs.match.long()
+    target = inputs.match_index.long()
     rows = target.unsqueeze(-1).expand(-1, -1, -1, states.shape[3])
     weighted = gather_rows(sums, inputs.evicted.long())
     sums = sums.scatter_add(2, rows, weighted)

@@ -129,7 +129,7 @@ class MergeInputs(NamedTuple):
     value: Tensor
     kept: Tensor  # [batch_size, num_kv_heads, k] int32, ascending
     evicted: Tensor  # [batch_size, num_kv_heads, kv_len - k] int32, ascending
-    match: Tensor  # [batch_size, num_kv_heads, kv_len - k] int32, of each evicted a kept one
+    match_index: Tensor  # [batch_size, num_kv_heads, kv_len - k] int32, of each evicted a kept one
     weight: Tensor  # [batch_size, num_kv_heads, kv_len] float32
 
 

@@ -34,6 +34,8 @@ from bench.ops import (
     bench_evict_slots,
     bench_gather_kv,
     bench_key_diversity,
+    bench_match_tokens,
+    bench_merge_tokens,
     bench_mix_scores,
     bench_rerotate_keys,
     bench_score_and_compact,
@@ -54,7 +56,8 @@ MIN_SAMPLES, MAX_SAMPLES = 30, 200
 FEW_SAMPLES = 7  # of a peer that takes longer than SLOW
 SLOW = 0.02
 COMPILED = ("compile", "best torch")
-NOT_CAPTURABLE = (("score_and_compact", "eager"),)  # it reads a maximum back
+# They read a maximum, or the number of evicted keys, back.
+NOT_CAPTURABLE = (("score_and_compact", "eager"), ("merge_tokens_", "press"))
 
 
 # --- goals ---------------------------------------------------------------------------------------
@@ -206,6 +209,17 @@ def rerotate_keys(shape: Workload, *, by_head: bool = False) -> Case:
     return with_goals(bench_rerotate_keys.make_case(shape, by_head=by_head), fraction_of_peak(0.8))
 
 
+def match_tokens(shape: Workload, *, compiled: bool = False) -> Case:
+    """All evicted keys against the 20% that are kept."""
+    case = bench_match_tokens.make_case(shape, 20, BF16)
+    return with_goals(case, fraction_of_peak(0.5), compiled=compiled)
+
+
+def merge_tokens(shape: Workload) -> Case:
+    """Evicted keys and values into those kept, given the matches."""
+    return with_goals(bench_merge_tokens.make_case(shape, 20, BF16), fraction_of_peak(0.7))
+
+
 def score_and_compact(shape: Workload, *, compiled: bool = False) -> Case:
     """Score, pool, select and move 20%."""
     case = bench_score_and_compact.make_case(shape, 20, BF16)
@@ -265,6 +279,9 @@ def make_cases(dry_run: bool) -> list[Callable[[], Case]]:
     for shape in (*deep, b128k):
         add(key_diversity, shape)
         add(mix_scores, shape)
+    for shape in deep[:2]:
+        add(match_tokens, shape)
+        add(merge_tokens, shape)
     # One layer a call, as a model runs them; with the compiled peers.
     for shape in (a32, b32k, a8):
         compiled = not dry_run and shape is not a8
@@ -281,6 +298,11 @@ def make_cases(dry_run: bool) -> list[Callable[[], Case]]:
     for shape in (a8, a32, b32k):
         add(rerotate_keys, for_moves(shape))
     add(rerotate_keys, for_moves(a8), by_head=True)
+    for shape in (a32, b32k, a8):
+        add(match_tokens, shape, compiled=not dry_run and shape is not b32k)
+        add(merge_tokens, shape)
+        add(bench_merge_tokens.make_whole_case, shape, 20, BF16)
+    add(bench_match_tokens.make_window_case, 24, 4, 16 if dry_run else 4096, BF16)
     for shape in (a8, a32, b32k, b128k, c):
         add(bench_gather_kv.make_case, for_moves(shape), 20)
     for percent in PERCENTS:
@@ -527,7 +549,7 @@ def as_json(case: Case, outcome: Outcome, ceilings: GpuCeilings | None, rehearse
 
 def judgeable(goal: Goal, present: set[str]) -> bool:
     """Whether the contenders that a goal speaks of were timed; a peer may have been wrong."""
-    named = [name for name in ("eager", "topk + sort", "two passes") if name in goal.text]
+    named = [name for name in ("eager", "topk + sort", "two passes", "press") if name in goal.text]
     return all(name in present for name in named) and len(present) > ("best peer" in goal.text)
 
 

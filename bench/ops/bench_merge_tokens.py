@@ -44,13 +44,13 @@ def make_case(shape: Workload, percent: int, dtype: torch.dtype) -> Case:
 
     def check(x: MergeInputs, results: Mapping[str, Any]) -> None:
         expected = [tensor[-1:, -1:].double() for tensor in (x.key, x.value)]
-        lists = (tensor[-1:, -1:] for tensor in (x.evicted, x.match, x.weight))
+        lists = (tensor[-1:, -1:] for tensor in (x.evicted, x.match_index, x.weight))
         reference.merge_tokens_(expected, *lists)
         for name, result in results.items():
             check_rows(name, [*result[1][:2]] if name == OURS else result, expected)
 
     def ours(x: MergeInputs) -> None:
-        kvevict.merge_tokens_([x.key, x.value], x.evicted, x.match, x.weight)
+        kvevict.merge_tokens_([x.key, x.value], x.evicted, x.match_index, x.weight)
 
     return Case(
         op="merge_tokens_",
@@ -73,18 +73,18 @@ def make_whole_case(shape: Workload, percent: int, dtype: torch.dtype) -> Case:
         key, value, kept, evicted = (
             tensor[-1:, -1:] for tensor in (x.key, x.value, x.kept, x.evicted)
         )
-        match, _ = reference.match_tokens(key, evicted, kept)
+        match_index, _ = reference.match_tokens(key, evicted, kept)
         expected = [key.double(), value.double()]
-        reference.merge_tokens_(expected, evicted, match, torch.ones(1, 1, shape.kv_len))
+        reference.merge_tokens_(expected, evicted, match_index, torch.ones(1, 1, shape.kv_len))
         expected = [peers.gather_rows(tensor, kept.long()) for tensor in expected]
         for name, result in results.items():
             rows = [tensor[:, :, :k] for tensor in result[1][:2]] if name == OURS else result
             check_rows(name, rows, expected)
 
     def ours(x: MergeInputs) -> None:
-        match, _ = kvevict.match_tokens(x.key, x.evicted, x.kept)
+        match_index, _ = kvevict.match_tokens(x.key, x.evicted, x.kept)
         ones = torch.ones(shape.batch_size, 1, shape.kv_len, device=x.key.device)
-        kvevict.merge_tokens_([x.key, x.value], x.evicted, match, ones)
+        kvevict.merge_tokens_([x.key, x.value], x.evicted, match_index, ones)
         kvevict.compact_kv_([x.key], [x.value], x.kept)
 
     return Case(

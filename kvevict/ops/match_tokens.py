@@ -26,8 +26,10 @@ def match_tokens(
     slot of largest dot product. The matrix of similarities never exists.
 
     With ``x_a`` and ``x_b`` two tokens, ``COSINE`` is ``x_a . x_b / (||x_a|| * ||x_b|| + 1e-8)``
-    and ``DOT`` is ``x_a . x_b``, accumulated in float32; norms may go up to 1e9. Of equal
-    similarities the first in target_index wins; NaN counts as -inf.
+    and ``DOT`` is ``x_a . x_b``, accumulated in float32. The 1e-8 is in what is returned only:
+    targets are ranked by ``x_a . x_b / ||x_b||``, a target of 0 at 0. Of equals the first in
+    target_index wins. NaN and -inf never win; where a source meets nothing else, its match is the
+    first target of its group and the similarity is NaN.
 
     Args:
         tokens: [batch_size, num_heads, num_tokens, dim] float32, float16 or bfloat16, any strides

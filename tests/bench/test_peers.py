@@ -7,7 +7,7 @@ import torch
 
 from bench import peers
 from bench.checks import check_close, check_rounded, check_same_choice
-from bench.shapes import A8, CacheInputs, Workload, attention_inputs, cache_inputs
+from bench.shapes import A8, CacheInputs, Workload, attention_inputs, cache_inputs, merge_inputs
 from kvevict import reference
 
 SMALL = Workload("small", 4, 2, 2, 8, 2, 50, 7, 16)
@@ -66,6 +66,44 @@ def test_cache_inputs_are_ascending_lists() -> None:
     x: CacheInputs = cache_inputs(SMALL, 20, torch.float32)
     assert x.kept_indices.shape == (2, 2, 2, 10)
     assert (x.kept_indices.diff() > 0).all()
+
+
+def test_nearest() -> None:
+    x = merge_inputs(SMALL, 20, torch.float32)
+    assert x.kept.shape[2] == 10 and x.evicted.shape[2] == 40
+    assert torch.cat([x.kept, x.evicted], dim=2).sort().values[1, 1].equal(torch.arange(50).int())
+    expected = reference.match_tokens(x.key, x.evicted, x.kept)
+    match_index, similarity = peers.nearest_kept(x)
+    assert torch.equal(match_index, expected[0])
+    check_close("eager", similarity, expected[1], torch.float32)
+
+    lists = [x.evicted[:, 0, :40:2].view(2, 4, 5), x.evicted[:, 0, 1:40:2].view(2, 4, 5)]
+    tokens = x.key[:, :1]
+    group = torch.arange(4, dtype=torch.int32).repeat_interleave(5).expand(2, 1, -1)
+    expected = reference.match_tokens(
+        tokens,
+        *(index.reshape(2, 1, 20) for index in lists),
+        source_group=group,
+        target_group=group,
+    )
+    match_index, similarity = peers.nearest_in_windows(tokens, *lists)
+    assert torch.equal(match_index.reshape(2, 1, 20), expected[0])
+    check_close("eager", similarity.reshape(2, 1, 20), expected[1], torch.float32)
+
+
+def test_merging() -> None:
+    x = merge_inputs(SMALL, 20, torch.float32)
+    expected = [x.key.double(), x.value.double()]
+    reference.merge_tokens_(expected, x.evicted, x.match_index, x.weight)
+    for merged, wanted in zip(peers.merge_cache(x), expected, strict=True):
+        torch.testing.assert_close(merged, wanted.float())
+
+    expected = [x.key.double(), x.value.double()]
+    match_index, _ = reference.match_tokens(x.key, x.evicted, x.kept)
+    reference.merge_tokens_(expected, x.evicted, match_index, torch.ones(2, 1, 50))
+    for merged, wanted in zip(peers.merging_press(x.key, x.value, x.kept), expected, strict=True):
+        kept = peers.gather_rows(wanted, x.kept.long())
+        torch.testing.assert_close(merged, kept.float())
 
 
 def test_selection_is_ascending() -> None:

@@ -117,10 +117,10 @@ def readable(name: str) -> str:
     """
     name = re.sub(r"\(kvevict::\w+\)|\(anonymous namespace\)::|^void |kvevict::", "", name)
     name = re.sub(r"TileShape<(\d), (\d+), \w+> ?", r"\1, \2", name)
-    name = re.sub(r"_kernel<0, ", "_kernel<float, ", name)
-    name = re.sub(r"_kernel<[12], ", "_kernel<half, ", name)
-    name = re.sub(r"(column_kernel<\w+, \d+), \d", r"\1", name)  # whatever statistic
     name = re.sub(r"(logit_score_kernel)<\d>", r"\1", name)
+    name = re.sub(r"_kernel<0(?=[,>])", "_kernel<float", name)
+    name = re.sub(r"_kernel<[12](?=[,>])", "_kernel<half", name)
+    name = re.sub(r"(column_kernel<\w+, \d+), \d", r"\1", name)  # whatever statistic
     name = re.sub(r"(move_rows_kernel<[\w ]+), \d+", r"\1", name)  # however many threads
     return name.replace(", false>", ">")
 

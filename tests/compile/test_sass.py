@@ -16,15 +16,17 @@ SHARED_LOAD_16 = r"LDS\.\S*\b128"
 LDMATRIX = r"LDSM\.16\.M88\.4"
 TENSOR_CORE = r"HMMA\.16816\.F32"
 
-ATTENTION = r"(row_normalizer|column|max_of_means)_kernel"
+TILES = r"(row_normalizer|column|max_of_means|match_short|match_long)_kernel"
 EXPECTED = {
-    ATTENTION + "<half": [TENSOR_CORE, LDMATRIX, ASYNC_COPY_16],
-    ATTENTION + "<float": ["FFMA", SHARED_LOAD_16, ASYNC_COPY_16],
     r"evict_slots_kernel<uint4": [LOAD_16, STORE_16],
+    TILES + "<half": [TENSOR_CORE, LDMATRIX, ASYNC_COPY_16],
+    TILES + "<float": ["FFMA", SHARED_LOAD_16, ASYNC_COPY_16],
     r"move_rows_kernel<uint4": [ASYNC_COPY_16, STORE_16],
     r"rerotate_keys_kernel<(float, 4|half, 8)": [LOAD_16, STORE_16],
     r"select_short_kernel": [LOAD_16, SHARED_LOAD_16],
     r"(sum_unit|compare)_keys_kernel": [LOAD_16],
+    r"token_norm_kernel": [LOAD_16],
+    r"merge_rows_kernel": [LOAD_16, STORE_16],
 }
 
 

@@ -20,6 +20,11 @@ REROTATE_HEADER = "csrc/ops/rerotate_keys/rerotate_keys.h"
 DIVERSITY = "csrc/ops/key_diversity/key_diversity_cuda.cu"
 VECTORS = "csrc/cuda/vector_loads.h"
 MIX = "csrc/ops/mix_scores/mix_scores_cuda.cu"
+MATCH = "csrc/ops/match_tokens/match_tokens_cuda.cu"
+MERGE, MERGE_HEADER = (
+    "csrc/ops/merge_tokens/merge_tokens_cuda.cu",
+    "csrc/ops/merge_tokens/merge_tokens.h",
+)
 POOL = "csrc/ops/score_and_compact/score_and_compact_cuda.cu"
 POOL_HEADER = "csrc/ops/score_and_compact/score_and_compact.h"
 
@@ -811,6 +816,203 @@ MUTATIONS = [
             "static_cast<int32_t>(turns_per_position * positions >> 32)",
             "static_cast<int32_t>((turns_per_position >> 32) * positions)",
         ),
+    ),
+    *_of(
+        "token_norm_kernel",
+        "match_tokens",
+        (
+            "lanes add up at a wrong distance",
+            MATCH,
+            "distance < kWarpSize; distance *= 2",
+            "distance < kWarpSize / 2; distance *= 2",
+        ),
+        (
+            "columns behind the first 256 left out",
+            MATCH,
+            "row && d < op.dim; d += kWarpSize * 8",
+            "row && d < min(op.dim, int64_t{256}); d += kWarpSize * 8",
+        ),
+        (
+            "targets stand where sources do",
+            MATCH,
+            "is_source ? place : place - num_sources",
+            "place",
+        ),
+        ("last place left out", MATCH, "item >= op.batch", "item + 1 >= op.batch"),
+    ),
+    *_of(
+        "match_short_kernel",
+        "match_tokens",
+        (
+            "wait for cp.async one group short",
+            TILES,
+            "cp_async_wait<kStages - 2>",
+            "cp_async_wait<kStages - 1>",
+        ),
+        (
+            "later target wins a tie",
+            MATCH,
+            "== group[r][half] && rank > row_best.rank",
+            "== group[r][half] && rank >= row_best.rank",
+        ),
+        (
+            "groups are not compared",
+            MATCH,
+            "target_group == group[r][half] && rank",
+            "target_group >= 0 && rank",
+        ),
+        (
+            "last target left out",
+            MATCH,
+            "end_target = int64_t{places.high} + 1;",
+            "end_target = places.high;",
+        ),
+        (
+            "two of four lanes join",
+            MATCH,
+            "distance < 4; distance *= 2",
+            "distance < 2; distance *= 2",
+        ),
+        (
+            "a lane's rank without its place",
+            MATCH,
+            "__shfl_xor_sync(kFullWarp, total.place, distance)",
+            "total.place",
+        ),
+        (
+            "targets of all groups are multiplied",
+            MATCH,
+            "target_group >= groups.low && target_group <= groups.high",
+            "target_group >= 0",
+        ),
+        (
+            "no barrier before ranges are read",
+            MATCH,
+            "shared[warp_index()] = range;\n    __syncthreads();",
+            "shared[warp_index()] = range;",
+        ),
+    ),
+    *_of(
+        "match_long_kernel",
+        "match_tokens",
+        (
+            "wait for cp.async one group short",
+            MATCH,
+            "cp_async_wait<kChunkStages - 2>",
+            "cp_async_wait<kChunkStages - 1>",
+        ),
+        (
+            "no barrier before a chunk is read",
+            MATCH,
+            "__syncthreads();  // this chunk",
+            "// this chunk",
+        ),
+        (
+            "chunks of a row at the wrong place",
+            MATCH,
+            "int64_t{fetched_chunk} * kChunkBytes",
+            "int64_t{fetched_chunk}",
+        ),
+        (
+            "columns of all tiles at one place",
+            MATCH,
+            "shared.columns[fetched_tile % 2]",
+            "shared.columns[0]",
+        ),
+        (
+            "last chunk left out",
+            MATCH,
+            "(row_bytes + kChunkBytes - 1) / kChunkBytes",
+            "row_bytes / kChunkBytes",
+        ),
+    ),
+    *_of(
+        "join_splits_kernel",
+        "match_tokens",
+        ("second split skipped", MATCH, "int64_t split = 1;", "int64_t split = 2;"),
+        (
+            "later place wins a tie",
+            MATCH,
+            "other.place < place",
+            "other.place > place",
+        ),
+        (
+            "infinite sources have matches",
+            MATCH,
+            "best.place >= 0 && norm < __builtin_inff()",
+            "best.place >= 0",
+        ),
+        (
+            "norms of another list",
+            MATCH,
+            "params.inverse_norm[list * targets.len + best.place]",
+            "params.inverse_norm[best.place]",
+        ),
+    ),
+    *_of(
+        "sort_pairs_kernel",
+        "merge_tokens",
+        (
+            "no barrier after counts are cleared",
+            MERGE,
+            "% kSortWarps] = 0;\n    }\n    __syncthreads();",
+            "% kSortWarps] = 0;\n    }",
+        ),
+        (
+            "no barrier after counting",
+            MERGE,
+            "+= __popc(peers);\n    });\n    __syncthreads();",
+            "+= __popc(peers);\n    });",
+        ),
+        (
+            "no barrier between the digits",
+            MERGE,
+            "first + __popc(peers);\n    });\n    __syncthreads();",
+            "first + __popc(peers);\n    });",
+        ),
+        (
+            "pairs of a bucket on top of each other",
+            MERGE,
+            "to[first + __popc(peers & lanes_before())] = pair;",
+            "to[first] = pair;",
+        ),
+        ("one digit only", MERGE, "++num_digits;", "break;"),
+        (
+            "stretches overlap",
+            MERGE,
+            "min(warp_index() * stretch, num_pairs)",
+            "min(warp_index() * (stretch - 1), num_pairs)",
+        ),
+    ),
+    *_of(
+        "merge_rows_kernel",
+        "merge_tokens",
+        (
+            "every pair of a target merges",
+            MERGE,
+            "(place > 0 && pairs[place - 1].target == target)",
+            "false",
+        ),
+        ("last source left out", MERGE, "pair < end; ++pair", "pair < end - 1; ++pair"),
+        (
+            "weights of the first head",
+            MERGE,
+            "op.weights(batch, head)",
+            "op.weights(batch, 0)",
+        ),
+        (
+            "columns behind the first 128 left out",
+            MERGE,
+            "(widest + kColumnsPerRun - 1) / kColumnsPerRun",
+            "1",
+        ),
+        (
+            "no mean without weight",
+            MERGE_HEADER,
+            "if (sum_of_weights > 1e-8f)",
+            "if (count > 0)",
+        ),
+        ("sum without the target", MERGE, "  add(sums, target);\n", ""),
     ),
     *_of(
         "pool_scores_kernel",

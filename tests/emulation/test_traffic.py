@@ -1,9 +1,10 @@
-"""The kernels that move rows copy every byte once, and none in vain."""
+"""Kernels copy every byte as often as they should, and none in vain."""
 
 from __future__ import annotations
 
 from types import ModuleType
 
+import pytest
 import torch
 
 from tests.support.backends import EMULATED
@@ -34,3 +35,27 @@ def test_compact_kv_copies_only_rows_that_move(emulator: ModuleType) -> None:
     arguments = {"keys": keys, "values": values, "kept_indices": kept}
     num_rows = 2 * 3 * 3
     assert copied_bytes(emulator, "compact_kv_", arguments) == num_rows * 64 * 4
+
+
+@pytest.mark.parametrize(("dim", "tiles_per_source"), [(64, 1), (256, 8)])
+@pytest.mark.parametrize("with_groups", [False, True])
+def test_match_tokens_copies_only_targets_of_its_groups(
+    emulator: ModuleType, dim: int, tiles_per_source: int, with_groups: bool
+) -> None:
+    """Two of 8 groups are in a tile of 128 sources, and two tiles of 64 targets.
+
+    Long sources come with every tile of targets again.
+    """
+    places = torch.arange(1024, dtype=torch.int32)
+    arguments: Arguments = {
+        "tokens": torch.randn(1, 1, 1024, dim, dtype=torch.bfloat16),
+        "source_index": places[None, None, :512],
+        "target_index": places[None, None, 512:],
+    }
+    num_tiles = 8
+    if with_groups:
+        groups = (places[:512] // 64)[None, None]
+        arguments |= {"source_group": groups, "target_group": groups}
+        num_tiles, tiles_per_source = 2, min(tiles_per_source, 2)
+    num_rows = 4 * (tiles_per_source * 128 + num_tiles * 64)
+    assert copied_bytes(emulator, "match_tokens", arguments) == num_rows * dim * 2

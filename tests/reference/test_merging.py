@@ -27,15 +27,13 @@ def list_of(lists: Tensor, b: int, h: int) -> list[int]:
     return entries
 
 
-def similarity_of(x: list[float], y: list[float], metric: int) -> float:
+def similarity_and_rank(x: list[float], y: list[float], metric: int) -> tuple[float, float]:
     dot = sum(p * q for p, q in zip(x, y, strict=True))
     if metric == Metric.DOT:
-        return dot
-    return dot / (math.sqrt(sum(p * p for p in x)) * math.sqrt(sum(q * q for q in y)) + 1e-8)
-
-
-def rank(similarity: float) -> float:
-    return -math.inf if math.isnan(similarity) else similarity
+        return dot, dot
+    norms = [math.sqrt(sum(p * p for p in token)) for token in (x, y)]
+    rank = math.nan if math.isinf(norms[0]) else dot / norms[1] if norms[1] != 0 else dot
+    return dot / (norms[0] * norms[1] + 1e-8), rank
 
 
 @pytest.mark.parametrize("metric", Metric)
@@ -58,14 +56,16 @@ def test_match(metric: int, heads: int, with_groups: bool) -> None:
     for b, h in PLACES:
         group_lists = [list_of(groups[name], b, h) for name in groups] or [[0] * 9, [0] * 9]
         for s, source in enumerate(list_of(sources, b, h)):
-            best, best_similarity = -1, -math.inf
+            best, best_similarity, best_rank = -1, -math.inf, -math.inf
             for t, target in enumerate(list_of(targets, b, h)):
                 if source < 0 or target < 0 or group_lists[0][s] != group_lists[1][t]:
                     continue
                 x, y = tokens[b, h, source].tolist(), tokens[b, h, target].tolist()
-                value = similarity_of(x, y, metric)
-                if best < 0 or rank(value) > rank(best_similarity):
-                    best, best_similarity = target, value
+                value, rank = similarity_and_rank(x, y, metric)
+                if rank > best_rank:
+                    best, best_similarity, best_rank = target, value, rank
+                elif best < 0:
+                    best, best_similarity = target, math.nan
             assert int(match_index[b, h, s]) == best
             assert float(similarity[b, h, s]) == pytest.approx(best_similarity, nan_ok=True)
 

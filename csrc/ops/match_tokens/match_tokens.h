@@ -25,13 +25,18 @@ struct MatchTokensParams {
   float* similarity;     // like match_index
   int64_t batch_size, num_heads, num_tokens, dim;
 
-  // similarity = product / (norm * norm + offset): with norms that is the cosine, with norms of 0
-  // and an offset of 1 the product itself.
-  KVEVICT_HD float offset() const { return metric == Metric::kCosine ? 1e-8f : 1.0f; }
-  // NaN for an infinite norm: so are all similarities of such a token.
-  KVEVICT_HD float norm(float sum_of_squares) const {
-    const float norm = metric == Metric::kCosine ? sqrtf(sum_of_squares) : 0.0f;
-    return norm + (norm - norm);
+  // What ranks targets for a source: their product with it, divided by their norm. NaN for targets
+  // that have none, 0 for those that are 0.
+  KVEVICT_HD float inverse_norm(float sum_of_squares) const {
+    if (metric == Metric::kDot) return 1.0f;
+    return sum_of_squares > 0.0f ? 1.0f / sqrtf(sum_of_squares) : 0.0f;
+  }
+
+  // The similarity of a source and a target of that rank.
+  KVEVICT_HD float similarity_of(float rank, float source_norm, float inverse_target_norm) const {
+    constexpr float kEpsilon = 1e-8f;
+    if (metric == Metric::kDot) return rank;
+    return rank == 0.0f ? 0.0f : rank / (source_norm + kEpsilon * inverse_target_norm);
   }
 };
 
@@ -42,15 +47,14 @@ struct MatchScratch {
     int32_t begin, end;  // its targets, of the compacted list
     float norm;
   };
-  Source* sources;      // [capacity]
-  int32_t* targets;     // [target_index.len], places of the targets that there are
-  float* rows;          // [capacity][dim], a chunk of the depth after the other
-  float* panel;         // [kMaxDepth][kMaxPanel]
-  float* norms;         // [kMaxPanel], of the panel
-  float* sums;          // [capacity][kMaxPanel], products over the chunks so far
-  float* products;      // [capacity][lanes], of the best target of every lane
-  float* denominators;  // [capacity][lanes], of the same
-  int32_t* best;        // [capacity][lanes], its place in targets; -1 = none
+  Source* sources;   // [capacity]
+  int32_t* targets;  // [target_index.len], places of the targets that there are
+  float* rows;       // [capacity][dim], a chunk of the depth after the other
+  float* panel;      // [kMaxDepth][kMaxPanel]
+  float* inverses;   // [target_index.len], inverse norms of targets that were in a panel
+  float* sums;       // [capacity][kMaxPanel], products over the chunks so far
+  float* ranks;      // [capacity][lanes], of the best target of every lane
+  int32_t* best;     // [capacity][lanes], its place in targets; -1 = none
 
   // Elements of 4 bytes that are multiplied at a time.
   static constexpr int64_t kMaxDepth = 256;
@@ -74,9 +78,8 @@ struct MatchScratch {
             arena.take<int32_t>(params.target_index.len),
             arena.take<float>(rows * params.dim),
             arena.take<float>(kMaxDepth * kMaxPanel),
-            arena.take<float>(kMaxPanel),
+            arena.take<float>(params.target_index.len + kMaxPanel),
             arena.take<float>(rows * kMaxPanel),
-            arena.take<float>(rows * kMaxLanes),
             arena.take<float>(rows * kMaxLanes),
             arena.take<int32_t>(rows * kMaxLanes)};
   }

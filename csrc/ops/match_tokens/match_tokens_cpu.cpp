@@ -10,6 +10,8 @@ namespace {
 
 using Source = MatchScratch::Source;
 
+constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
+
 // One list of sources and targets, and the block of its sources that is worked on.
 struct Block {
   const MatchTokensParams& params;
@@ -53,7 +55,7 @@ void list_sources(Block& block, int64_t begin, int64_t end, int32_t* match_index
                   float* similarity) {
   for (int64_t place = begin; place < end; ++place) {
     match_index[place] = -1;
-    similarity[place] = -std::numeric_limits<float>::infinity();
+    similarity[place] = kMinusInfinity;
     if (block.source_index[place] < 0) continue;
     const int32_t group = block.group_of_source(place);
     const Source* before =
@@ -113,69 +115,52 @@ void pack_sources(const Block& block, int64_t depth) {
           chunk_depth, packed);
       squares = add_squares<Product>(squares, packed, chunk_depth);
     });
-    if (i < block.num_sources)
-      block.scratch.sources[i].norm = block.params.norm(reduce_add(squares));
+    if (i < block.num_sources && block.params.metric == Metric::kCosine) {
+      block.scratch.sources[i].norm = std::sqrt(reduce_add(squares));
+    }
   }
 }
 
 // Offers source i the targets [first, first + num_vecs * kLanes), of which it takes its own. Every
-// lane keeps the best of those that it has met as a fraction, a / b > c / d where a * d > c * b:
-// only the last one is divided. NaN never wins.
+// lane keeps the best of those that it has met. NaN never wins.
 template <int num_vecs>
-void offer_targets(const Block& block, int64_t i, const Vec (&products)[num_vecs],
-                   const float* norms, int64_t first) {
+void offer_targets(const Block& block, int64_t i, const Vec (&products)[num_vecs], int64_t first) {
   const MatchScratch& scratch = block.scratch;
   const Source& source = scratch.sources[i];
-  const float offset = block.params.offset();
   const auto begin = static_cast<int32_t>(source.begin - first);
   const auto end = static_cast<int32_t>(source.end - first);
   const bool all = begin <= 0 && end >= num_vecs * kLanes;
-  Vec best_products = load<Vec>(scratch.products + i * kLanes);
-  Vec best_denominators = load<Vec>(scratch.denominators + i * kLanes);
-  IntVec best = load<IntVec>(scratch.best + i * kLanes);
+  auto best_ranks = load<Vec>(scratch.ranks + i * kLanes);
+  auto best = load<IntVec>(scratch.best + i * kLanes);
   for (int j = 0; j < num_vecs; ++j) {
-    const Vec denominators = load<Vec>(norms + j * kLanes) * source.norm + offset;
+    const Vec ranks = products[j] * load<Vec>(scratch.inverses + first + j * kLanes);
     const IntVec lane = lane_indices() + j * kLanes;
-    IntVec wins = products[j] * best_denominators > best_products * denominators;
+    IntVec wins = ranks > best_ranks;
     if (!all) wins &= (lane >= begin) & (lane < end);
-    best_products = wins ? products[j] : best_products;
-    best_denominators = wins ? denominators : best_denominators;
+    best_ranks = wins ? ranks : best_ranks;
     best = wins ? lane + static_cast<int32_t>(first) : best;
   }
-  store(scratch.products + i * kLanes, best_products);
-  store(scratch.denominators + i * kLanes, best_denominators);
+  store(scratch.ranks + i * kLanes, best_ranks);
   store(scratch.best + i * kLanes, best);
 }
 
-// The best target of source i, once it has met all of its own; -1 if none is above -inf.
+// The best target of source i, once it has met all of its own: its place in the list, and the
+// similarity.
 int32_t best_target(const Block& block, int64_t i, float& similarity) {
-  constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
   const MatchScratch& scratch = block.scratch;
-  const auto best = load<IntVec>(scratch.best + i * kLanes);
-  const Vec similarities =
-      load<Vec>(scratch.products + i * kLanes) / load<Vec>(scratch.denominators + i * kLanes);
-  similarity = reduce_max(best >= 0 ? similarities : broadcast(kMinusInfinity));
-  if (!(similarity > kMinusInfinity)) return -1;
+  const Source& source = scratch.sources[i];
+  const auto ranks = load<Vec>(scratch.ranks + i * kLanes);
+  const float rank = reduce_max(ranks);
+  if (rank == kMinusInfinity || !(source.norm < -kMinusInfinity)) {
+    similarity = std::numeric_limits<float>::quiet_NaN();
+    return scratch.targets[source.begin];
+  }
   int32_t target = std::numeric_limits<int32_t>::max();
-  for (uint32_t lanes = to_bits(similarities == similarity); lanes; lanes &= lanes - 1) {
-    target = std::min(target, best[__builtin_ctz(lanes)]);
+  for (uint32_t lanes = to_bits(ranks == rank); lanes; lanes &= lanes - 1) {
+    target = std::min(target, scratch.best[i * kLanes + __builtin_ctz(lanes)]);
   }
-  return target;
-}
-
-template <DType dtype>
-float similarity_of(const MatchTokensParams& params, int64_t batch, int64_t head, int64_t position,
-                    int64_t other_position) {
-  const void* row = element_address<dtype>(params.tokens, batch, head, position);
-  const void* other_row = element_address<dtype>(params.tokens, batch, head, other_position);
-  float product = 0.0f, squares = 0.0f, other_squares = 0.0f;
-  for (int64_t d = 0; d < params.dim; ++d) {
-    const float x = element_as_float<dtype>(row, d), y = element_as_float<dtype>(other_row, d);
-    product += x * y;
-    squares += x * x;
-    other_squares += y * y;
-  }
-  return product / (params.norm(squares) * params.norm(other_squares) + params.offset());
+  similarity = block.params.similarity_of(rank, source.norm, scratch.inverses[target]);
+  return scratch.targets[target];
 }
 
 // All sources of a block against all of their targets.
@@ -187,9 +172,7 @@ void match_block(const Block& block) {
   const bool is_cosine = params.metric == Metric::kCosine;
   const int64_t depth = params.dim / Product::kElements, num_rows = padded_sources(block);
   pack_sources<dtype>(block, depth);
-  std::fill(scratch.products, scratch.products + num_rows * kLanes,
-            -std::numeric_limits<float>::infinity());
-  std::fill(scratch.denominators, scratch.denominators + num_rows * kLanes, 1.0f);
+  std::fill(scratch.ranks, scratch.ranks + num_rows * kLanes, kMinusInfinity);
   std::fill(scratch.best, scratch.best + num_rows * kLanes, -1);
 
   int64_t first = block.num_targets, end = 0;
@@ -212,8 +195,9 @@ void match_block(const Block& block) {
         }
       }
       if (is_last) {
-        for (int j = 0; j < kTileVecs; ++j) store(scratch.norms + j * kLanes, squares[j]);
-        for (int i = 0; i < kPanel; ++i) scratch.norms[i] = params.norm(scratch.norms[i]);
+        float* inverses = scratch.inverses + first;
+        for (int j = 0; j < kTileVecs; ++j) store(inverses + j * kLanes, squares[j]);
+        for (int i = 0; i < kPanel; ++i) inverses[i] = params.inverse_norm(inverses[i]);
       }
 
       for (int64_t tile = 0; tile < num_rows; tile += kTileRows) {
@@ -239,7 +223,7 @@ void match_block(const Block& block) {
                 }
                 for (int j = 0; !is_last && j < kVecs; ++j) store(sums + j * kLanes, products[j]);
                 if (!is_last || tile + i >= block.num_sources) return;
-                offer_targets<kVecs>(block, tile + i, products, scratch.norms + lane, first + lane);
+                offer_targets<kVecs>(block, tile + i, products, first + lane);
               });
         };
         (void)dispatch_value<1, 2, 3, 4>(num_vecs, multiply);
@@ -273,17 +257,8 @@ void run(const MatchTokensParams& params, const CpuWork& work) {
     list_sources(block, begin, std::min(begin + capacity, len), match_index, similarity);
     match_block<dtype>(block);
     for (int64_t i = 0; i < block.num_sources; ++i) {
-      const Source& source = scratch.sources[i];
-      float best_similarity = 0.0f;
-      int32_t target = best_target(block, i, best_similarity);
-      const int64_t position = block.source_index[source.place];
-      if (target < 0) {
-        target = source.begin;
-        best_similarity = similarity_of<dtype>(params, batch, head, position,
-                                               block.target_index[scratch.targets[target]]);
-      }
-      match_index[source.place] = block.target_index[scratch.targets[target]];
-      similarity[source.place] = best_similarity;
+      const int64_t place = scratch.sources[i].place;
+      match_index[place] = block.target_index[best_target(block, i, similarity[place])];
     }
   }
 }

@@ -24,21 +24,14 @@ constexpr int kThreads = 256;  // of the kernels around
 
 // --- Sources and targets -------------------------------------------------------------------------
 
-// The best target that a source has met. Similarities are compared as fractions, so that only the
-// result is divided; NaN and -inf are no better than none.
+// The best target that a source has met. NaN never wins.
 struct BestTarget {
-  float product = -__builtin_inff(), denominator = 1.0f;
+  float rank = -__builtin_inff();
   int32_t place = -1;  // in the list of targets
-
-  __device__ __forceinline__ bool loses_to(float other_product, float other_denominator) const {
-    return other_product * denominator > product * other_denominator;
-  }
 
   // Joins what has met other targets; the first of equals wins.
   __device__ __forceinline__ void join(const BestTarget& other) {
-    const bool wins = loses_to(other.product, other.denominator);
-    const bool loses = other.loses_to(product, denominator);
-    if (wins || (!loses && other.place < place)) *this = other;
+    if (other.rank > rank || (other.rank == rank && other.place < place)) *this = other;
   }
 };
 
@@ -47,9 +40,9 @@ constexpr int32_t kNoSource = -2, kNoTarget = -1;
 
 struct MatchParams {
   MatchTokensParams op;
-  float* source_norm;  // [batch_size, num_heads, source_index.len]
-  float* target_norm;  // [batch_size, num_heads, target_index.len]
-  BestTarget* parts;   // [batch_size, num_heads, source_index.len, num_splits]
+  float* source_norm;   // [batch_size, num_heads, source_index.len]; null if not needed
+  float* inverse_norm;  // [batch_size, num_heads, target_index.len], of targets; null: 1
+  BestTarget* parts;    // [batch_size, num_heads, source_index.len, num_splits]
   int64_t num_splits, targets_per_split;
   int64_t tiles_per_list;
   bool aligned;
@@ -59,22 +52,13 @@ struct MatchParams {
 struct TokenList {
   const int32_t* index;
   const int32_t* group;  // or null
-  const float* norm;     // or null: 0
   int64_t len, num_tokens;
 
-  static __device__ TokenList sources(const MatchParams& params, int64_t list) {
-    const MatchTokensParams& op = params.op;
-    const int64_t batch = list / op.num_heads, head = list % op.num_heads,
-                  len = op.source_index.len;
-    return {op.source_index.list(batch, head), op.source_group.list(batch, head),
-            params.source_norm ? params.source_norm + list * len : nullptr, len, op.num_tokens};
+  static __device__ TokenList sources(const MatchTokensParams& op, int64_t list) {
+    return of(op, op.source_index, op.source_group, list);
   }
-  static __device__ TokenList targets(const MatchParams& params, int64_t list) {
-    const MatchTokensParams& op = params.op;
-    const int64_t batch = list / op.num_heads, head = list % op.num_heads,
-                  len = op.target_index.len;
-    return {op.target_index.list(batch, head), op.target_group.list(batch, head),
-            params.target_norm ? params.target_norm + list * len : nullptr, len, op.num_tokens};
+  static __device__ TokenList targets(const MatchTokensParams& op, int64_t list) {
+    return of(op, op.target_index, op.target_group, list);
   }
 
   // The token at a place, -1 if there is none.
@@ -87,8 +71,12 @@ struct TokenList {
     if (!group) return 0;
     return group[place] < 0 ? none : group[place];
   }
-  __device__ __forceinline__ float norm_of(int64_t place) const {
-    return norm && place < len ? norm[place] : 0.0f;
+
+ private:
+  static __device__ TokenList of(const MatchTokensParams& op, const TokenLists& index,
+                                 const TokenLists& group, int64_t list) {
+    const int64_t batch = list / op.num_heads, head = list % op.num_heads;
+    return {index.list(batch, head), group.list(batch, head), index.len, op.num_tokens};
   }
 };
 
@@ -120,10 +108,8 @@ __global__ void __launch_bounds__(kThreads) token_norm_kernel(const MatchParams 
   if (item >= op.batch_size * op.num_heads * num_places) return;
   const int64_t list = item / num_places, place = item % num_places;
   const bool is_source = place < num_sources;
-  const TokenList tokens =
-      is_source ? TokenList::sources(params, list) : TokenList::targets(params, list);
+  const TokenList tokens = is_source ? TokenList::sources(op, list) : TokenList::targets(op, list);
   const int64_t own_place = is_source ? place : place - num_sources;
-  float* norms = is_source ? params.source_norm : params.target_norm;
   const char* row = TokenRows<kElementBytes<dtype>>(op, list).address(tokens, own_place);
 
   float sum = 0.0f;
@@ -138,7 +124,12 @@ __global__ void __launch_bounds__(kThreads) token_norm_kernel(const MatchParams 
   for (int distance = 1; distance < kWarpSize; distance *= 2) {
     sum += __shfl_xor_sync(kFullWarp, sum, distance);
   }
-  if (lane_index() == 0) norms[list * tokens.len + own_place] = op.norm(sum);
+  if (lane_index() != 0) return;
+  if (is_source) {
+    params.source_norm[list * tokens.len + own_place] = sqrtf(sum);
+  } else {
+    params.inverse_norm[list * tokens.len + own_place] = op.inverse_norm(sum);
+  }
 }
 
 // --- Tiles ---------------------------------------------------------------------------------------
@@ -146,14 +137,15 @@ __global__ void __launch_bounds__(kThreads) token_norm_kernel(const MatchParams 
 // What belongs to the columns of a tile.
 template <int kColumns>
 struct TargetColumns {
-  float norm[kColumns];
+  float inverse_norm[kColumns];
   int32_t group[kColumns];
 
-  __device__ __forceinline__ void prepare(const TokenList& targets, int64_t first, int64_t end) {
+  __device__ __forceinline__ void prepare(const TokenList& targets, const float* inverse_norms,
+                                          int64_t first, int64_t end) {
     if (threadIdx.x >= kColumns) return;
     const int64_t place = first + threadIdx.x;
-    norm[threadIdx.x] = targets.norm_of(place);
     group[threadIdx.x] = place < end ? targets.group_of(place, kNoTarget) : kNoTarget;
+    inverse_norm[threadIdx.x] = inverse_norms && place < end ? inverse_norms[place] : 1.0f;
   }
 };
 
@@ -184,7 +176,6 @@ struct Range {
 // The sources of a tile: those of this thread's products.
 template <typename Shape>
 struct SourceRows {
-  float norm[Shape::kRowTiles][2];
   int32_t group[Shape::kRowTiles][2];
   BestTarget best[Shape::kRowTiles][2];
 
@@ -194,7 +185,6 @@ struct SourceRows {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int64_t place = first + product_row<Shape>(r, half * 2);
-        norm[r][half] = sources.norm_of(place);
         group[r][half] = sources.group_of(place, kNoSource);
       }
     }
@@ -230,13 +220,13 @@ struct SourceRows {
 
   __device__ __forceinline__ void offer(const TileProducts<Shape>& products,
                                         const TargetColumns<Shape::kColumns>& columns,
-                                        int64_t first_place, float offset) {
+                                        int64_t first_place) {
 #pragma unroll
     for (int c = 0; c < Shape::kColumnTiles; ++c) {
 #pragma unroll
       for (int side = 0; side < 2; ++side) {
         const int column = product_column(c, side);
-        const float target_norm = columns.norm[column];
+        const float inverse_norm = columns.inverse_norm[column];
         const int32_t target_group = columns.group[column];
         const auto place = static_cast<int32_t>(first_place + column);
 #pragma unroll
@@ -244,12 +234,9 @@ struct SourceRows {
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
             BestTarget& row_best = best[r][half];
-            const float product = products[r][c][half * 2 + side];
-            const float denominator = fmaf(norm[r][half], target_norm, offset);
-            const bool wins =
-                target_group == group[r][half] && row_best.loses_to(product, denominator);
-            row_best.product = wins ? product : row_best.product;
-            row_best.denominator = wins ? denominator : row_best.denominator;
+            const float rank = products[r][c][half * 2 + side] * inverse_norm;
+            const bool wins = target_group == group[r][half] && rank > row_best.rank;
+            row_best.rank = wins ? rank : row_best.rank;
             row_best.place = wins ? place : row_best.place;
           }
         }
@@ -266,10 +253,9 @@ struct SourceRows {
       for (int half = 0; half < 2; ++half) {
         BestTarget total = best[r][half];
         for (int distance = 1; distance < 4; distance *= 2) {
-          const float product = __shfl_xor_sync(kFullWarp, total.product, distance);
-          const float denominator = __shfl_xor_sync(kFullWarp, total.denominator, distance);
+          const float rank = __shfl_xor_sync(kFullWarp, total.rank, distance);
           const int32_t place = __shfl_xor_sync(kFullWarp, total.place, distance);
-          total.join({product, denominator, place});
+          total.join({rank, place});
         }
         const int64_t place = first + product_row<Shape>(r, half * 2);
         if (lane_index() % 4 == 0 && place < len) parts[place * num_splits + split] = total;
@@ -283,6 +269,7 @@ template <typename Shape>
 struct TileWork {
   int64_t list, first_source, begin_target, end_target;
   TokenList sources, targets;
+  const float* inverse_norms;  // of the targets
   TokenRows<Shape::kElementBytes> rows;
 
   __device__ explicit TileWork(const MatchParams& params)
@@ -290,8 +277,9 @@ struct TileWork {
         first_source(blockIdx.x % params.tiles_per_list * Shape::kRows),
         begin_target(blockIdx.y * params.targets_per_split),
         end_target(min(begin_target + params.targets_per_split, params.op.target_index.len)),
-        sources(TokenList::sources(params, list)),
-        targets(TokenList::targets(params, list)),
+        sources(TokenList::sources(params.op, list)),
+        targets(TokenList::targets(params.op, list)),
+        inverse_norms(params.inverse_norm ? params.inverse_norm + list * targets.len : nullptr),
         rows(params.op, list) {}
 
   // Leaves out targets that no source of the block may meet; returns how many tiles are left.
@@ -335,10 +323,11 @@ __global__ void __launch_bounds__(kTileThreads, kTileBlocks)
       shared.tiles, static_cast<int>(params.op.dim) * Shape::kElementBytes, params.aligned,
       num_tiles, [&](int i) { return work.source(i); }, [&](int64_t j) { return work.target(j); },
       [&](int stage, int64_t tile) {
-        shared.columns[stage].prepare(work.targets, first_place(tile), work.end_target);
+        shared.columns[stage].prepare(work.targets, work.inverse_norms, first_place(tile),
+                                      work.end_target);
       },
       [&](int stage, int64_t tile, TileProducts<Shape>& products) {
-        source_rows.offer(products, shared.columns[stage], first_place(tile), params.op.offset());
+        source_rows.offer(products, shared.columns[stage], first_place(tile));
       });
   work.write(params, source_rows);
 }
@@ -388,8 +377,8 @@ __global__ void __launch_bounds__(kTileThreads, kTileBlocks)
         return shifted(work.target(fetched_tile * Shape::kColumns + i));
       });
       if (fetched_chunk == 0) {
-        shared.columns[fetched_tile % 2].prepare(work.targets, first_place(fetched_tile),
-                                                 work.end_target);
+        shared.columns[fetched_tile % 2].prepare(work.targets, work.inverse_norms,
+                                                 first_place(fetched_tile), work.end_target);
       }
     }
     cp_async_commit();
@@ -411,7 +400,7 @@ __global__ void __launch_bounds__(kTileThreads, kTileBlocks)
       multiplier.multiply(shared.chunks[stage], 0, products);
       stage = next_of(stage, kChunkStages);
     }
-    source_rows.offer(products, shared.columns[tile % 2], first_place(tile), params.op.offset());
+    source_rows.offer(products, shared.columns[tile % 2], first_place(tile));
   }
   cp_async_wait<0>();
   work.write(params, source_rows);
@@ -419,7 +408,7 @@ __global__ void __launch_bounds__(kTileThreads, kTileBlocks)
 
 // --- Results -------------------------------------------------------------------------------------
 
-// Where no similarity is a number above -inf: the first target of the group, -1 if there is none.
+// The first target of a group, -1 if there is none.
 __device__ int32_t first_target(const TokenList& targets, int32_t group) {
   for (int64_t place = 0; place < targets.len; ++place) {
     if (targets.group_of(place, kNoTarget) == group) return static_cast<int32_t>(place);
@@ -427,24 +416,7 @@ __device__ int32_t first_target(const TokenList& targets, int32_t group) {
   return -1;
 }
 
-template <DType dtype>
-__device__ float product_of(const MatchParams& params, const char* row, const char* other_row) {
-  float product = 0.0f;
-  for (int64_t d = 0; d < params.op.dim; d += 8) {
-    EightElements<dtype> vectors[2];
-    vectors[0].load(row + d * kElementBytes<dtype>, params.aligned);
-    vectors[1].load(other_row + d * kElementBytes<dtype>, params.aligned);
-    float elements[2][8];
-    vectors[0].to_floats(elements[0]);
-    vectors[1].to_floats(elements[1]);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) product = fmaf(elements[0][i], elements[1][i], product);
-  }
-  return product;
-}
-
 // One thread per source; splits in ascending order.
-template <DType dtype>
 __global__ void __launch_bounds__(kThreads) join_splits_kernel(const MatchParams params) {
   const MatchTokensParams& op = params.op;
   const int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x, len = op.source_index.len;
@@ -454,17 +426,17 @@ __global__ void __launch_bounds__(kThreads) join_splits_kernel(const MatchParams
     best.join(params.parts[i * params.num_splits + split]);
   }
   const int64_t list = i / len;
-  const TokenList sources = TokenList::sources(params, list);
-  const TokenList targets = TokenList::targets(params, list);
-  float similarity = best.product / best.denominator;
-  if (best.place < 0) {
-    best.place = first_target(targets, sources.group_of(i % len, kNoSource));
-    if (best.place >= 0) {
-      const TokenRows<kElementBytes<dtype>> rows(op, list);
-      similarity = product_of<dtype>(params, rows.address(sources, i % len),
-                                     rows.address(targets, best.place)) /
-                   fmaf(sources.norm_of(i % len), targets.norm_of(best.place), op.offset());
-    }
+  const TokenList targets = TokenList::targets(op, list);
+  const float norm = params.source_norm ? params.source_norm[i] : 0.0f;
+  float similarity = -__builtin_inff();
+  if (best.place >= 0 && norm < __builtin_inff()) {
+    const bool has_norms = params.inverse_norm != nullptr;
+    similarity = op.similarity_of(
+        best.rank, norm, has_norms ? params.inverse_norm[list * targets.len + best.place] : 1.0f);
+  } else {
+    const int32_t group = TokenList::sources(op, list).group_of(i % len, kNoSource);
+    best.place = first_target(targets, group);
+    if (best.place >= 0) similarity = __builtin_nanf("");
   }
   op.match_index[i] = best.place < 0 ? -1 : targets.index[best.place];
   op.similarity[i] = similarity;
@@ -509,7 +481,7 @@ MatchParams carve(Arena& arena, const MatchTokensParams& params) {
   result.parts = arena.take<BestTarget>(num_sources * result.num_splits);
   if (params.metric == Metric::kCosine) {
     result.source_norm = arena.take<float>(num_sources);
-    result.target_norm = arena.take<float>(num_lists(params) * params.target_index.len);
+    result.inverse_norm = arena.take<float>(num_lists(params) * params.target_index.len);
   }
   return result;
 }
@@ -560,11 +532,8 @@ int MatchTokens::launch_cuda(const MatchTokensParams& op, void* workspace, void*
     }
   });
   if (error != cudaSuccess) return error;
-  dispatch_dtype(op.dtype, [&](auto dtype) {
-    error = launch(join_splits_kernel<decltype(dtype)::value>,
-                   {blocks_for(num_sources, kThreads), dim3(kThreads)}, cuda_stream, params);
-  });
-  return error;
+  return launch(join_splits_kernel, {blocks_for(num_sources, kThreads), dim3(kThreads)},
+                cuda_stream, params);
 }
 
 }  // namespace kvevict
