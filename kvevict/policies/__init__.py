@@ -30,6 +30,7 @@ from kvevict.policies.decode import DecodePolicy, Victims
 from kvevict.policies.flashcache import FlashCache
 from kvevict.policies.h2o import H2O
 from kvevict.policies.hae import HAE
+from kvevict.policies.lightkv import LightKV
 from kvevict.policies.prefixkv import PrefixKV
 from kvevict.policies.pyramidkv import PyramidKV
 from kvevict.policies.random import Random
@@ -56,6 +57,7 @@ __all__ = [
     "FlashCache",
     "LayerPolicy",
     "LayerScores",
+    "LightKV",
     "Policy",
     "PrefillPolicy",
     "PrefixKV",
