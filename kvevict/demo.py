@@ -217,7 +217,9 @@ def run_demo(args: argparse.Namespace, say: Progress) -> None:
     say("Results")
     if len(contestants) == 1:
         print_kept(contestants[0].report)
-    print_comparison(task, full, contestants)
+        print_comparison(task, full, contestants[0])
+    else:
+        print_side_by_side(task, full, contestants)
     if task.decode is not None:
         print_words(task.decode, full, contestants)
     if task.grid is None:
@@ -599,52 +601,70 @@ def max_share(report: EvictionReport) -> float:
     return max(float(layer.kept_lens[0].float().mean()) / total for layer in report.kept)
 
 
-def print_comparison(task: Task, full: Run, contestants: Sequence[Contestant]) -> None:
-    """Print memory, speed and agreement, full cache next to evicted caches."""
+def agreement_of(full: Run, run: Run) -> tuple[float, float, float]:
+    """Return the share of equal next tokens, and the mean and the least cosine of logits."""
+    cosine = torch.cosine_similarity(full.logits, run.logits, dim=-1)
+    same = full.tokens.eq(run.tokens).float().mean()
+    return float(same), float(cosine.mean()), float(cosine.min())
+
+
+def print_comparison(task: Task, full: Run, one: Contestant) -> None:
+    """Print memory, speed and agreement, full cache next to evicted cache."""
     prompt_len = task.inputs["input_ids"].shape[1]
-    runs = [full, *(one.run for one in contestants)]
-    reports = [one.report for one in contestants]
-    before = reports[0].bytes_before
+    run, report = one.run, one.report
 
-    def ratio(values: Sequence[float | None]) -> list[str]:
-        """Return the last column, where there is one policy."""
-        if len(contestants) > 1:
-            return []
-        first, last = values[0], values[-1]
-        return [f"{last / first:.2f}x" if first and last is not None else ""]
+    def sizes(name: str, before: int, after: int) -> list[str]:
+        return [name, mib(before), mib(after), f"{after / before:.2f}x" if before else ""]
 
-    def sizes(name: str, values: Sequence[int | None]) -> list[str]:
-        cells = ["?" if value is None else mib(value) for value in values]
-        return [name, *cells, *ratio(values)]
+    def speeds(name: str, before: float, after: float, digits: int) -> list[str]:
+        return [name, f"{before:.{digits}f}", f"{after:.{digits}f}", f"{after / before:.2f}x"]
 
-    def speeds(name: str, values: Sequence[float], digits: int) -> list[str]:
-        return [name, *(f"{value:.{digits}f}" for value in values), *ratio(values)]
-
-    counts = [mean_counts(report) for report in reports]
-    num_vision, num_text = count_prompt(reports[0])
     rows = [
-        ["image tokens per layer", f"{num_vision}", *(f"{image:.1f}" for image, _ in counts)],
-        ["text tokens per layer", f"{num_text}", *(f"{text:.1f}" for _, text in counts)],
-        sizes("KV cache after the prompt", [run.kv_bytes for run in runs]),
-        sizes("KV cache, peak of the prompt", [before, *(r.bytes_peak for r in reports)]),
+        sizes("KV cache after the prompt", full.kv_bytes, run.kv_bytes),
+        sizes("KV cache, peak of the prompt", report.bytes_before, report.bytes_peak),
     ]
-    if full.peak_bytes is not None:
+    if full.peak_bytes is not None and run.peak_bytes is not None:
         on_cpu = task.model.device.type == "cpu"
         name = "peak memory of the process" if on_cpu else "peak GPU memory"
-        rows.append(sizes(name, [run.peak_bytes for run in runs]))
-    rows.append(speeds("prefill, tokens/s", [prompt_len / min(r.prefill_s) for r in runs], 0))
-    rows.append(speeds("decode, tokens/s", [1 / min(r.decode_s) for r in runs], 1))
-    agreement, cosine, worst = [], [], []
-    for run in runs[1:]:
-        agreement.append(f"{float(full.tokens.eq(run.tokens).float().mean()):.0%}")
-        cosines = torch.cosine_similarity(full.logits, run.logits, dim=-1)
-        cosine.append(f"{float(cosines.mean()):.3f}")
-        worst.append(f"{float(cosines.min()):.3f}")
-    rows.append([f"next-token agreement, of {len(full.tokens)}", "", *agreement])
-    rows.append(["logit cosine, mean", "", *cosine])
-    rows.append(["logit cosine, worst", "", *worst])
-    head = ["", "full", *(one.title for one in contestants), *ratio([None, None])]
-    print_table(head, [row + [""] * (len(head) - len(row)) for row in rows])
+        rows.append(sizes(name, full.peak_bytes, run.peak_bytes))
+    prefill = [prompt_len / min(r.prefill_s) for r in (full, run)]
+    decode = [1 / min(r.decode_s) for r in (full, run)]
+    rows.append(speeds("prefill, tokens/s", prefill[0], prefill[1], 0))
+    rows.append(speeds("decode, tokens/s", decode[0], decode[1], 1))
+    same, mean, worst = agreement_of(full, run)
+    rows.append(["next-token agreement", "", f"{same:.0%}", f"of {len(full.tokens)}"])
+    rows.append(["logit cosine, mean (worst)", "", f"{mean:.3f}", f"({worst:.3f})"])
+    print_table(["", "full", "evicted", ""], rows)
+    print_caveats(task)
+
+
+def print_side_by_side(task: Task, full: Run, contestants: Sequence[Contestant]) -> None:
+    """Print one row per cache."""
+    prompt_len = task.inputs["input_ids"].shape[1]
+
+    def cells(name: str, run: Run, image: float, text: float, agreement: list[str]) -> list[str]:
+        prefill, decode = prompt_len / min(run.prefill_s), 1 / min(run.decode_s)
+        counts = [f"{image:.1f}", f"{text:.1f}"]
+        return [name, *counts, mib(run.kv_bytes), f"{prefill:.0f}", f"{decode:.1f}", *agreement]
+
+    rows = [cells("full", full, *count_prompt(contestants[0].report), ["", "", ""])]
+    for one in contestants:
+        same, mean, worst = agreement_of(full, one.run)
+        agreement = [f"{same:.0%}", f"{mean:.3f}", f"{worst:.3f}"]
+        rows.append(cells(one.title, one.run, *mean_counts(one.report), agreement))
+    print_table(
+        ["", "image", "text", "KV cache", "prefill/s", "decode/s", "agreement", "cosine", "worst"],
+        rows,
+    )
+    print(
+        "image, text: tokens kept, the mean over layers and their lists. prefill, decode: tokens/s."
+    )
+    print(f"agreement: of {len(full.tokens)} next tokens. cosine: of the logits, mean and worst.")
+    print_caveats(task)
+
+
+def print_caveats(task: Task) -> None:
+    """Print what to make of the numbers."""
     print(f"Speeds are the better of {NUM_ROUNDS} rounds; other processes change them.")
     print("Agreement: the evicted cache is fed the tokens that the full cache chose.")
     if task.decode is None:

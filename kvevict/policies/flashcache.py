@@ -1,4 +1,4 @@
-"""FlashCache: tokens that deviate from the smooth part of keys and values stay."""
+"""FlashCache: what deviates from the smooth part of keys and values stays (arXiv 2511.16786)."""
 
 from __future__ import annotations
 
@@ -31,9 +31,10 @@ class FlashCache(Policy):
     `redistribute`. Known second-hand, no code was released: one list for all heads, the mean over
     heads, text first and the clip are choices made here.
 
-    With C the cosine basis, the smooth part is $C^\top (C X)$, two thin matrix products per head,
-    computed in float32 and `COEFFICIENTS_AT_ONCE` rows of C at a time: O(cutoff * kv_len^2) time,
-    O(kv_len) memory.
+    With C the cosine basis, the smooth part is $C^\top (C X)$, two thin matrix products with
+    `COEFFICIENTS_AT_ONCE` rows of C at a time: O(cutoff * kv_len^2 * num_kv_heads * head_dim) time.
+    They run in float32 on copies of one layer's keys, then values, outside the fused ops; where
+    sums of a batch are grouped otherwise than alone, the last bits of scores may differ.
 
     Attributes:
         keep: ratio of the prompt (float) or tokens per layer on average (int).
@@ -94,35 +95,34 @@ def _deviate(states: Tensor, prompt: Prompt, cutoff: float) -> tuple[Tensor, Ten
         The mean squared distance of every token [batch_size, kv_len] float32, and the share of the
         energy that is not smooth [batch_size] float32.
     """
-    _, num_heads, kv_len, head_dim = states.shape
+    signal = states.transpose(1, 2).flatten(2).float()
+    signal = signal.masked_fill(~prompt.valid[..., None], 0.0)
     num_smooth = floor_share(prompt.lens, cutoff)
-    distance = torch.zeros(prompt.valid.shape, device=states.device)
-    energy = torch.zeros_like(distance)
-    for head in range(num_heads):
-        signal = states[:, head].float().masked_fill(~prompt.valid[..., None], 0.0)
-        smooth = torch.zeros_like(signal)
-        for first in range(0, int(kv_len * cutoff) + 1, COEFFICIENTS_AT_ONCE):
-            basis = _cosines(prompt, num_smooth, first)
-            smooth += basis.mT @ (basis @ signal)
-        distance += (signal - smooth).square().sum(-1)
-        energy += signal.square().sum(-1)
-    tiny = torch.finfo(torch.float32).tiny
-    share = distance.sum(1) / energy.sum(1).clamp(min=tiny)
-    return distance / (num_heads * head_dim), share
+    rough = signal.clone()
+    stop = int(prompt.kv_len * cutoff + 1e-6)
+    for first in range(0, stop, COEFFICIENTS_AT_ONCE):
+        basis = _cosines(prompt, num_smooth, first, min(first + COEFFICIENTS_AT_ONCE, stop))
+        rough -= basis.mT @ (basis @ signal)
+    energy, distance = signal.square().mean(2), rough.square().mean(2)
+    # What float32 cannot tell from 0 is 0, or constant keys would be ranked by rounding.
+    mean_energy = energy.sum(1, keepdim=True) / prompt.lens[:, None].clamp(min=1)
+    distance = distance.where(distance > 1e-9 * mean_energy, 0.0)
+    return distance, distance.sum(1) / energy.sum(1).clamp(min=torch.finfo(torch.float32).tiny)
 
 
-def _cosines(prompt: Prompt, num_smooth: Tensor, first: int) -> Tensor:
+def _cosines(prompt: Prompt, num_smooth: Tensor, first: int, stop: int) -> Tensor:
     """Return rows of the orthonormal cosine basis of every sequence's real tokens.
 
     Args:
         prompt: the tokens.
-        num_smooth: [batch_size] int64, rows beyond it are 0.
+        num_smooth: [batch_size] int64, rows from it on are 0.
         first: the first row.
+        stop: the last row + 1.
 
     Returns:
-        [batch_size, COEFFICIENTS_AT_ONCE, kv_len] float32, 0 for padding.
+        [batch_size, stop - first, kv_len] float32, 0 for padding.
     """
-    frequency = torch.arange(first, first + COEFFICIENTS_AT_ONCE, device=num_smooth.device)
+    frequency = torch.arange(first, stop, device=num_smooth.device)
     lens = prompt.lens.clamp(min=1)[:, None, None]
     # The angle in quarter turns of 1 / lens, reduced as an integer: exact for any frequency.
     turns = (2 * prompt.rank_from_start[:, None] + 1) * frequency[:, None] % (4 * lens)

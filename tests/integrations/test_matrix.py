@@ -149,7 +149,7 @@ def test_a_policy_on_a_model(name: str, model_name: str, batch: str, dtype: str)
     with masked_reference(model, prompt_len, masks):
         expected, _ = two_turns(model, inputs)
     if dtype == "float32":
-        torch.testing.assert_close(actual, expected, rtol=0, atol=2e-5)
+        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4)
     else:
         # The second step follows the first's choice, which rounding may change.
         cosine = torch.cosine_similarity(actual[:, 0].float(), expected[:, 0].float(), dim=-1)
