@@ -29,7 +29,7 @@ from tests.integrations.tiny_models import (
     make_inputs,
     row_of,
 )
-from tests.policies.test_lightkv import merge_by_loops
+from tests.policies.merging import merge_by_loops
 
 BATCHES = {
     "single": [ONE_IMAGE],

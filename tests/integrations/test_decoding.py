@@ -29,9 +29,14 @@ from tests.integrations.tiny_models import (
     make_inputs,
     row_of,
 )
-from tests.policies.decoding import Tokens, decode_by_loops
-from tests.policies.test_decode import h2o_rule, streaming_rule
-from tests.policies.test_hae import bin_rule
+from tests.policies.cases import make_prompt
+from tests.policies.decoding import (
+    Tokens,
+    bin_rule,
+    decode_by_loops,
+    h2o_rule,
+    streaming_rule,
+)
 
 BATCHES = {
     "single": [ONE_IMAGE],
@@ -155,8 +160,6 @@ def tokens_of(reference: Any, b: int, padding: int) -> Tokens:
 
 def start_scores(policy: Any, tokens: Tokens, row: str) -> list[Tensor]:
     """Return what the kept keys start with, as the policy scores that prompt."""
-    from tests.policies.cases import make_prompt
-
     prompt = make_prompt(row)
     states = zip(tokens.queries, tokens.keys, tokens.values, strict=True)
     layers: list[Any] = []

@@ -16,41 +16,19 @@ from tests.policies.decoding import (
     NUM_LAYERS,
     NUM_STEPS,
     List,
+    Reads,
     Rule,
     Run,
     Tokens,
     assert_equal_loops,
     block_of,
     decode,
+    h2o_rule,
     live_columns,
+    streaming_rule,
 )
-from tests.policies.test_synchronization import Reads
 
 PROMPTS = {name: ALL_PROMPTS[name] for name in ("one_image", "two_images", "left_padded")}
-
-
-def h2o_rule(policy: H2O, limit: int) -> Rule:
-    """Drop the lowest sum that is neither sink nor recent."""
-    num_recent = int(limit * policy.recent_share + 1e-6)
-    num_sink = min(policy.num_sink, limit - num_recent)
-
-    def rule(own: List, attention: dict[int, float], seen: int) -> None:
-        own.add(attention)
-        while len(own.live) > limit:
-            middle = [c for c in own.live if num_sink <= c < seen - num_recent]
-            own.drop([min(middle, key=lambda c: own.scores[c])])
-
-    return rule
-
-
-def streaming_rule(policy: StreamingLLM, limit: int) -> Rule:
-    """Drop slot num_sink."""
-
-    def rule(own: List, attention: dict[int, float], seen: int) -> None:
-        while len(own.live) > limit:
-            own.drop([min(c for c in own.live if c >= min(policy.num_sink, limit))])
-
-    return rule
 
 
 def tgv_rule(policy: TGVKV, fraction: float, suffix: int) -> Rule:
