@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from kvevict.policies import (
     H2O,
@@ -272,21 +271,3 @@ def assert_equal_loops(
             ours = [[[c - padding for c in own] for own in layer[b]] for layer in run.live[step]]
             assert ours == theirs, f"step {step} of sequence {b}"
     return run
-
-
-class Reads(TorchDispatchMode):
-    """Collects the ops that read a tensor on the host."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[str] = []
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
-    ) -> Any:
-        name = func._schema.name
-        masks = args[1] if name == "aten::index" else []
-        by_mask = any(mask is not None and mask.dtype == torch.bool for mask in masks)
-        if by_mask or name in ("aten::_local_scalar_dense", "aten::nonzero", "aten::equal"):
-            self.found.append(name)
-        return func(*args, **(kwargs or {}))
