@@ -45,7 +45,14 @@ class StableWheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
+def native_sources() -> list[str]:
+    """Return what CMake reads, for the source distribution."""
+    folders = [path for name in ("csrc", "third_party") for path in (ROOT / name).rglob("*")]
+    files = sorted(str(path.relative_to(ROOT)) for path in folders if path.is_file())
+    return ["CMakeLists.txt", *files]
+
+
 setup(
-    ext_modules=[Extension("kvevict.lib.libkvevict", [])],
+    ext_modules=[Extension("kvevict.lib.libkvevict", [], depends=native_sources())],
     cmdclass={"build_ext": CMakeBuild, "bdist_wheel": StableWheel},
 )

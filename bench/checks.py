@@ -31,6 +31,15 @@ def check_close(contender: str, actual: Tensor, expected: Tensor, dtype: torch.d
     assert error <= limit, f"{contender}: relative error {error:.2e} exceeds {limit:.0e}"
 
 
+def check_rounded(contender: str, actual: Tensor, expected: Tensor) -> None:
+    """Holds a contender's keys against the oracle's in float64: ours are rounded once."""
+    assert actual.shape == expected.shape, f"{contender}: {actual.shape}, not {expected.shape}"
+    half_unit = torch.finfo(actual.dtype).eps / 2
+    limit = half_unit if contender == OURS else TOLERANCE_OF_PEERS[actual.dtype]
+    error = relative_error(actual, expected)
+    assert error <= limit, f"{contender}: relative error {error:.2e} exceeds {limit:.0e}"
+
+
 def check_equal(contender: str, actual: Iterable[Tensor], expected: Iterable[Tensor]) -> None:
     """Demands equal values, list by list."""
     for index, (mine, wanted) in enumerate(zip(actual, expected, strict=True)):

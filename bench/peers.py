@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bench.shapes import CacheInputs
+from bench.shapes import CacheInputs, MergeInputs
 
 
 @cache
@@ -73,6 +73,16 @@ def scores_given_lse(query: Tensor, key: Tensor, softmax_lse: Tensor) -> Tensor:
     return group_mean(logits.exp().sum(-2), key.shape[1])
 
 
+def accumulated_scores(scores: Tensor, query: Tensor, key: Tensor, decay: float) -> Tensor:
+    """Old scores that decay and the attention of the rows, from eager scores."""
+    return scores * decay + snapkv_scores(query, key)
+
+
+def accumulated_grouped_scores(scores: Tensor, query: Tensor, key: Tensor, decay: float) -> Tensor:
+    """The same as the compiler likes it best."""
+    return scores * decay + grouped_scores(query, key)
+
+
 def attention_lse(query: Tensor, key: Tensor) -> Tensor:
     """Log-sum-exp of every row [batch_size, num_qo_heads, num_rows]."""
     return masked_logits(query, key).float().logsumexp(-1)
@@ -102,6 +112,38 @@ def tgv_scores(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     row_weights = text_block.sum(1) / sees
     scores = (mean_attention * row_weights.unsqueeze(-1)).sum(1, keepdim=True)
     return scores, mean_attention.sum(1, keepdim=True), row_weights
+
+
+# --- diversity -----------------------------------------------------------------------------------
+
+
+def key_diversity(key: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean cosines in the dtype of the keys, as kvpress' KeyDiff and MixKV compute them.
+
+    Returns similarity [batch_size, num_kv_heads, kv_len] and redundancy [.., num_kv_heads].
+    """
+    kv_len = key.shape[2]
+    unit = F.normalize(key, dim=-1)
+    mean = unit.mean(2, keepdim=True)
+    similarity = (unit * mean).sum(-1)
+    square = mean.float().square().sum((2, 3))
+    return similarity, ((kv_len * square - 1) / (kv_len - 1)).clamp(0, 1)
+
+
+def mix_scores(
+    scores: Tensor, similarity: Tensor, value_norm: Tensor, redundancy: Tensor
+) -> Tensor:
+    """The composite score of MixKV, all keys candidates."""
+
+    def scaled(values: Tensor, mean: Tensor) -> Tensor:
+        low, high = values.amin(-1, keepdim=True), values.amax(-1, keepdim=True)
+        unit = (values - low) / (high - low + 1e-8)
+        return unit * mean / (unit.mean(-1, keepdim=True) + 1e-8)
+
+    mean = scores.mean(-1, keepdim=True)
+    weight = redundancy.unsqueeze(-1)
+    importance = scores + scaled(value_norm, mean)
+    return weight * scaled(-similarity, mean) + (1 - weight) * importance
 
 
 # --- selection -----------------------------------------------------------------------------------
@@ -145,6 +187,100 @@ def index_select_cache(inputs: CacheInputs) -> list[Tensor]:
 
 
 MOVES = {"gather": gather_cache, "index_select": index_select_cache}
+
+
+# --- rotating ------------------------------------------------------------------------------------
+
+
+def rerotate(
+    keys: list[Tensor], old_positions: Tensor, new_positions: Tensor, inv_freq: Tensor
+) -> list[Tensor]:
+    """Keys turned by the difference of positions, as kvpress and model code rotate them.
+
+    Positions are [batch_size, kv_len], or [num_layers, batch_size, num_kv_heads, kv_len].
+    """
+    by_layer = old_positions.dim() == 4
+    if by_layer:
+        new_positions = new_positions[None, :, None]
+    distance = (new_positions - old_positions).float()
+    distances = distance if by_layer else [distance[:, None]] * len(keys)
+    return [
+        rotate_half(key, d[..., None] * inv_freq) for key, d in zip(keys, distances, strict=True)
+    ]
+
+
+def rotate_half(key: Tensor, angle: Tensor) -> Tensor:
+    """Pairs of channels (c, c + head_dim / 2) turned by angle [.., head_dim / 2]."""
+    angle = torch.cat([angle, angle], dim=-1)
+    a, b = key.chunk(2, dim=-1)
+    return key * angle.cos().to(key.dtype) + torch.cat([-b, a], dim=-1) * angle.sin().to(key.dtype)
+
+
+# --- merging -------------------------------------------------------------------------------------
+
+
+def nearest(sources: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Largest cosine of each source and its place, from the whole matrix of similarities."""
+    unit_sources = F.normalize(sources, dim=-1)
+    unit_targets = F.normalize(targets, dim=-1)
+    return (unit_sources @ unit_targets.transpose(-1, -2)).max(-1)
+
+
+def nearest_kept(inputs: MergeInputs) -> tuple[Tensor, Tensor]:
+    """The nearest kept key of each evicted one, in fp32 as kvpress computes it."""
+    evicted = gather_rows(inputs.key, inputs.evicted.long()).float()
+    kept = gather_rows(inputs.key, inputs.kept.long()).float()
+    similarity, place = nearest(evicted, kept)
+    return inputs.kept.gather(2, place), similarity
+
+
+def nearest_in_windows(tokens: Tensor, sources: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """The same for windows of one size [batch_size, num_windows, size] of tokens [.., dim]."""
+    batch = torch.arange(tokens.shape[0], device=tokens.device).view(-1, 1, 1)
+    rows = (tokens[batch, 0, index.long()] for index in (sources, targets))
+    similarity, place = nearest(*rows)
+    return targets.gather(2, place), similarity
+
+
+def merge_rows(states: Tensor, inputs: MergeInputs) -> Tensor:
+    """The weighted mean of targets and the rows that are matched to them, of all tokens."""
+    weight = inputs.weight.unsqueeze(-1)
+    sums = states.float() * weight
+    target = inputs.match.long()
+    rows = target.unsqueeze(-1).expand(-1, -1, -1, states.shape[3])
+    weighted = gather_rows(sums, inputs.evicted.long())
+    sums = sums.scatter_add(2, rows, weighted)
+    divisor = inputs.weight.scatter_add(2, target, inputs.weight.gather(2, inputs.evicted.long()))
+    is_target = torch.zeros_like(inputs.weight, dtype=torch.bool).scatter(2, target, True)
+    merged = (sums / divisor.unsqueeze(-1)).to(states.dtype)
+    return torch.where(is_target.unsqueeze(-1), merged, states)
+
+
+def merge_cache(inputs: MergeInputs) -> list[Tensor]:
+    """Keys and values with the evicted tokens merged, by scatter_add."""
+    return [merge_rows(states, inputs) for states in (inputs.key, inputs.value)]
+
+
+def merging_press(key: Tensor, value: Tensor, kept: Tensor) -> list[Tensor]:
+    """Kept keys and values, each the mean of itself and the evicted ones nearest to it.
+
+    The steps of kvpress: a mask and nonzero find the evicted, gathers copy both sides, an fp32
+    matmul compares all pairs, scatter_add adds up.
+    """
+    kept = kept.long()
+    is_evicted = torch.ones(key.shape[:3], dtype=torch.bool, device=key.device)
+    is_evicted.scatter_(2, kept, False)
+    evicted = is_evicted.nonzero()[:, 2].view(*key.shape[:2], -1)
+    evicted_key, kept_key = gather_rows(key, evicted), gather_rows(key, kept)
+    _, place = nearest(evicted_key.float(), kept_key.float())
+    rows = place.unsqueeze(-1).expand(-1, -1, -1, key.shape[3])
+    count = torch.ones(kept.shape, device=key.device)
+    count.scatter_add_(2, place, torch.ones(place.shape, device=key.device))
+    merged = []
+    for states, kept_states in ((key, kept_key), (value, gather_rows(value, kept))):
+        sums = kept_states.float().scatter_add_(2, rows, gather_rows(states, evicted).float())
+        merged.append((sums / count.unsqueeze(-1)).to(states.dtype))
+    return merged
 
 
 # --- score, select and move ----------------------------------------------------------------------

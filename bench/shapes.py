@@ -122,6 +122,29 @@ def cache_inputs(shape: Workload, percent: int, dtype: torch.dtype) -> CacheInpu
     )
 
 
+class MergeInputs(NamedTuple):
+    """Keys and values of one layer, which tokens stay and which are merged into them."""
+
+    key: Tensor
+    value: Tensor
+    kept: Tensor  # [batch_size, num_kv_heads, k] int32, ascending
+    evicted: Tensor  # [batch_size, num_kv_heads, kv_len - k] int32, ascending
+    match: Tensor  # [batch_size, num_kv_heads, kv_len - k] int32, of each evicted a kept one
+    weight: Tensor  # [batch_size, num_kv_heads, kv_len] float32
+
+
+def merge_inputs(shape: Workload, percent: int, dtype: torch.dtype) -> MergeInputs:
+    """Normal random tokens, every head its own random list; matches are random, too."""
+    heads = (shape.batch_size, shape.num_kv_heads)
+    k = shape.kept(percent)
+    order = torch.rand((*heads, shape.kv_len)).argsort()
+    kept, evicted = (part.sort().values.int() for part in order.split([k, shape.kv_len - k], 2))
+    place = torch.randint(k, evicted.shape)
+    key, value = (torch.randn((*heads, shape.kv_len, shape.head_dim)).to(dtype) for _ in range(2))
+    weight = torch.rand((*heads, shape.kv_len))
+    return MergeInputs(key, value, kept, evicted, kept.gather(2, place), weight)
+
+
 def random_kept_indices(rows: tuple[int, ...], k: int) -> Tensor:
     """Ascending lists of k of rows[-1] keys [*rows[:-1], k] int64."""
     return torch.rand(rows).topk(k, sorted=False).indices.sort().values

@@ -6,13 +6,21 @@ from typing import TYPE_CHECKING, Any
 
 from kvevict._library import LibraryNotBuiltError, build_info
 from kvevict.ops import (
+    DiversityReference,
     HeadReduction,
+    Metric,
     Statistic,
+    accumulate_scores_,
     attention_lse,
     broadcast_indices,
     compact_kv_,
     evict_slots_,
     gather_kv,
+    key_diversity,
+    match_tokens,
+    merge_tokens_,
+    mix_scores,
+    rerotate_keys_,
     score_and_compact,
     score_keys,
     score_keys_by_text,
@@ -28,9 +36,12 @@ if TYPE_CHECKING:
 __version__: str = build_info()["version"]
 
 __all__ = [
+    "DiversityReference",
     "HeadReduction",
     "LibraryNotBuiltError",
+    "Metric",
     "Statistic",
+    "accumulate_scores_",
     "attention_lse",
     "broadcast_indices",
     "build_info",
@@ -38,6 +49,11 @@ __all__ = [
     "compact_kv_",
     "evict_slots_",
     "gather_kv",
+    "key_diversity",
+    "match_tokens",
+    "merge_tokens_",
+    "mix_scores",
+    "rerotate_keys_",
     "score_and_compact",
     "score_keys",
     "score_keys_by_text",

@@ -22,7 +22,8 @@ def build_priority(
 
     Args:
         key_mask: [batch_size, kv_len] bool, True for a real token.
-        num_sink: how many of the first real tokens are forced, one number or [batch_size] integers.
+        num_sink: how many of the first real tokens are forced, or [batch_size] integers, one count
+            per sequence (whose values are not checked: negative ones count as 0).
         num_recent: how many of the last real tokens are forced, likewise.
         preferred: [batch_size, kv_len] bool, tokens that outrank ordinary ones whatever their
             score, such as text before vision.
@@ -32,30 +33,36 @@ def build_priority(
         keys, 0 for padding.
 
     Raises:
-        ValueError: if key_mask is not bool, num_sink or num_recent is negative (a tensor is not
-            read: it would synchronize with the device) or has another shape, or preferred has.
+        ValueError: if key_mask is not bool, num_sink or num_recent is negative, or these or
+            preferred have another shape.
     """
     if key_mask.dtype != torch.bool or key_mask.dim() != 2:
         what = f"{key_mask.dtype} of shape {tuple(key_mask.shape)}"
         raise ValueError(f"kvevict.build_priority: key_mask must be bool of rank 2, got {what}")
-    for name, value in (("num_sink", num_sink), ("num_recent", num_recent)):
-        if isinstance(value, Tensor):
-            _check_shape(name, value, key_mask.shape[:1])
-        elif value < 0:
-            raise ValueError(f"kvevict.build_priority: {name} must be at least 0, got {value}")
     if preferred is not None:
         _check_shape("preferred", preferred, key_mask.shape)
-    sinks, recents = (n[:, None] if isinstance(n, Tensor) else n for n in (num_sink, num_recent))
+    num_sink = _check_count("num_sink", num_sink, key_mask)
+    num_recent = _check_count("num_recent", num_recent, key_mask)
     from_start = key_mask.cumsum(-1)
     from_end = key_mask.flip(-1).cumsum(-1).flip(-1)
     priority = torch.full_like(key_mask, ORDINARY, dtype=torch.uint8)
     if preferred is not None:
         priority.masked_fill_(preferred, PREFERRED)
-    priority.masked_fill_((from_start <= sinks) | (from_end <= recents), FORCED)
+    priority.masked_fill_((from_start <= num_sink) | (from_end <= num_recent), FORCED)
     return priority.masked_fill_(~key_mask, NEVER)
 
 
-def _check_shape(name: str, tensor: Tensor, shape: torch.Size) -> None:
-    if tensor.shape != shape:
-        what = f"must have shape {tuple(shape)}, got {tuple(tensor.shape)}"
-        raise ValueError(f"kvevict.build_priority: {name} {what}")
+def _check_count(name: str, count: int | Tensor, key_mask: Tensor) -> int | Tensor:
+    """Returns a count to compare ranks [batch_size, kv_len] with."""
+    if isinstance(count, Tensor):
+        _check_shape(name, count, key_mask.shape[:1])
+        return count[:, None]
+    if count < 0:
+        raise ValueError(f"kvevict.build_priority: {name} must be at least 0, got {count}")
+    return count
+
+
+def _check_shape(name: str, tensor: Tensor, expected: torch.Size) -> None:
+    if tensor.shape != expected:
+        shapes = f"{tuple(expected)}, got {tuple(tensor.shape)}"
+        raise ValueError(f"kvevict.build_priority: {name} must have shape {shapes}")

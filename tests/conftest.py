@@ -34,6 +34,15 @@ def traceable_backend(request: pytest.FixtureRequest) -> Backend:
     return selected
 
 
+@pytest.fixture(
+    params=[backend for backend in BACKENDS if backend != CPU], ids=lambda backend: backend.name
+)
+def cuda_backend(request: pytest.FixtureRequest) -> Backend:
+    """Return the backends that run the CUDA kernels, one after the other."""
+    selected: Backend = request.param
+    return selected
+
+
 @pytest.fixture(autouse=True)
 def seed() -> None:
     """Give every test the same random numbers, whichever ran before it."""

@@ -28,10 +28,14 @@ from bench.gpu.ceilings import GpuCeilings
 from bench.gpu.timer import CudaTimer, WallTimer, summarize, timer
 from bench.harness import Case, clone, make_row
 from bench.ops import (
+    bench_accumulate_scores,
     bench_attention_lse,
     bench_compact_kv,
     bench_evict_slots,
     bench_gather_kv,
+    bench_key_diversity,
+    bench_mix_scores,
+    bench_rerotate_keys,
     bench_score_and_compact,
     bench_score_keys,
     bench_score_keys_by_text,
@@ -146,10 +150,29 @@ def score_keys(shape: Workload, *, given_lse: bool, compiled: bool = False) -> C
     return with_goals(case, *goals, compiled=compiled)
 
 
+def accumulate_scores(shape: Workload, *, compiled: bool = False) -> Case:
+    """A decoding step."""
+    case = bench_accumulate_scores.make_case(shape, BF16)
+    return with_goals(case, fraction_of_peak(0.7), compiled=compiled)
+
+
 def score_keys_by_text(shape: Workload, *, compiled: bool = False) -> Case:
     """Text-weighted scores."""
     case = bench_score_keys_by_text.make_case(shape, BF16)
     return with_goals(case, times_faster("eager", 15), compiled=compiled)
+
+
+def key_diversity(shape: Workload, *, compiled: bool = False) -> Case:
+    """Mean cosines; the goal counts one read of the keys."""
+    case = bench_key_diversity.make_case(shape, BF16)
+    return with_goals(case, fraction_of_peak(0.8), compiled=compiled)
+
+
+def mix_scores(shape: Workload, *, compiled: bool = False) -> Case:
+    """The scores of MixKV."""
+    return with_goals(
+        bench_mix_scores.make_case(shape), as_fast_as_the_best_peer(), compiled=compiled
+    )
 
 
 def select_topk(shape: Workload, percent: int) -> Case:
@@ -176,6 +199,11 @@ def compact_kv(shape: Workload, percent: int) -> Case:
     """Keys and values of all layers in one call."""
     goal = fraction_of_peak(0.7 if percent < 20 else 0.85)
     return with_goals(bench_compact_kv.make_case(shape, percent), goal)
+
+
+def rerotate_keys(shape: Workload, *, by_head: bool = False) -> Case:
+    """Keys of all layers in one call."""
+    return with_goals(bench_rerotate_keys.make_case(shape, by_head=by_head), fraction_of_peak(0.8))
 
 
 def score_and_compact(shape: Workload, *, compiled: bool = False) -> Case:
@@ -234,6 +262,9 @@ def make_cases(dry_run: bool) -> list[Callable[[], Case]]:
     add(select_threshold, b32k, 20)
     for shape in deep:
         add(score_keys_by_text, shape)
+    for shape in (*deep, b128k):
+        add(key_diversity, shape)
+        add(mix_scores, shape)
     # One layer a call, as a model runs them; with the compiled peers.
     for shape in (a32, b32k, a8):
         compiled = not dry_run and shape is not a8
@@ -241,8 +272,15 @@ def make_cases(dry_run: bool) -> list[Callable[[], Case]]:
         add(score_keys, shape, given_lse=False, compiled=compiled)
         add(score_keys_by_text, shape, compiled=compiled)
         add(score_and_compact, shape, compiled=compiled)
+        add(key_diversity, shape, compiled=compiled)
+        add(mix_scores, shape, compiled=compiled)
     for shape in single:
         add(bench_attention_lse.make_case, shape, BF16)
+    for shape in (c, *deep):
+        add(accumulate_scores, shape)
+    for shape in (a8, a32, b32k):
+        add(rerotate_keys, for_moves(shape))
+    add(rerotate_keys, for_moves(a8), by_head=True)
     for shape in (a8, a32, b32k, b128k, c):
         add(bench_gather_kv.make_case, for_moves(shape), 20)
     for percent in PERCENTS:

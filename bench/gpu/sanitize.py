@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 import kvevict
 from tests.support.samples import NAMES, Sizes, make_sample
 
-FLOATING = ("query", "key", "value", "keys", "values")
+FLOATING = ("query", "key", "value", "keys", "values", "tokens", "tensors")
 TILES = Sizes("cpu", 2, 2, 8, 2, 67, 331, 64, num_rows=37, k=101)
 # head_dim 128 in bf16 is the kernels' usual case; one query row takes the decode paths.
 USUAL = Sizes("cpu", 2, 1, 4, 1, 100, 700, 128, num_rows=100, k=140)
@@ -55,9 +55,10 @@ def calls(device: str, brief: bool) -> Iterator[tuple[str, str, Arguments]]:
             arguments = in_dtype(make_sample(op, sample, sizes), dtype)
             yield op, f"{sample}, {variant}", to_device(arguments, device)
     if not brief:
-        for sample in ("full", "plain"):
-            arguments = make_sample("select_topk", sample, LONG_ROW)
-            yield "select_topk", f"{sample}, long row", to_device(arguments, device)
+        for op in ("mix_scores", "select_topk"):
+            for sample in ("full", "plain"):
+                arguments = make_sample(op, sample, LONG_ROW)
+                yield op, f"{sample}, long row", to_device(arguments, device)
 
 
 def to_device(arguments: Arguments, device: str) -> Arguments:

@@ -6,30 +6,13 @@
 #include "core/validate.h"
 
 namespace kvevict {
-namespace {
-
-DType dtype_of(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Half: return DType::kFloat16;
-    case ScalarType::BFloat16: return DType::kBFloat16;
-    default: return DType::kFloat32;
-  }
-}
-
-}  // namespace
 
 AttentionArgs check_attention(const Check& check, const Tensor& query, const Tensor& key,
                               const std::optional<Tensor>& key_mask, std::optional<double> sm_scale,
                               bool causal) {
   constexpr auto kAny = Check::kAny;
-  check.dtype(query, "query", {ScalarType::Float, ScalarType::Half, ScalarType::BFloat16});
-  check.shape(query, "query", {kAny, kAny, kAny, kAny});
-  check.contiguous_last_dim(query, "query");
+  check.scorable(query, "query");
   const int64_t head_dim = query.size(3);
-  if (head_dim < 8 || head_dim > 256 || head_dim % 8 != 0) {
-    check.fail("query", "have a head_dim that is a multiple of 8 up to 256",
-               std::to_string(head_dim));
-  }
   check.companion(key, "key", query.scalar_type(), {query.size(0), kAny, kAny, head_dim}, query,
                   "query");
   check.contiguous_last_dim(key, "key");
@@ -76,6 +59,7 @@ VotingArgs check_voting_rows(const Check& check, const AttentionParams& attentio
   if (row_index) {
     check.companion(*row_index, "row_index", ScalarType::Int, {batch_size, Check::kAny}, query,
                     "query");
+    check.indexable(query, "query", 2, "qo_len");
   }
   const int64_t num_rows = row_index ? row_index->size(1) : attention.qo_len;
   const bool weight_per_head = row_weight && row_weight->dim() == 3;
@@ -94,20 +78,19 @@ VotingArgs check_voting_rows(const Check& check, const AttentionParams& attentio
   }
 
   VotingArgs args{{}, dense(row_index), dense(row_weight), dense(softmax_lse)};
-  args.rows = {data_or_null<int32_t>(args.row_index), data_or_null<float>(args.row_weight),
-               weight_per_head, data_or_null<float>(args.softmax_lse), num_rows};
-  if (query.is_cpu() && row_index) {
-    const int64_t bad = find_outside(args.rows.row_index, row_index->numel(), -1, attention.qo_len);
+  args.rows = {data_or_null<int32_t>(args.row_index),
+               data_or_null<float>(args.row_weight),
+               weight_per_head,
+               data_or_null<float>(args.softmax_lse),
+               num_rows,
+               attention.qo_len};
+  if (row_index) check.values_in_range(*args.row_index, "row_index", -1, attention.qo_len);
+  if (row_weight && check.reads_values()) {
+    const Tensor host = on_host(*args.row_weight);
+    const auto* weights = static_cast<const float*>(host.const_data_ptr());
+    const int64_t bad = find_bad_weight(weights, host.numel());
     if (bad >= 0) {
-      check.fail("row_index", "be in [-1, " + std::to_string(attention.qo_len) + ")",
-                 element_text(*row_index, bad, args.rows.row_index[bad]));
-    }
-  }
-  if (query.is_cpu() && row_weight) {
-    const int64_t bad = find_bad_weight(args.rows.row_weight, row_weight->numel());
-    if (bad >= 0) {
-      check.fail("row_weight", "be finite and at least 0",
-                 element_text(*row_weight, bad, args.rows.row_weight[bad]));
+      check.fail("row_weight", "be finite and at least 0", element_text(host, bad, weights[bad]));
     }
   }
   return args;

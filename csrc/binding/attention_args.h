@@ -23,7 +23,6 @@ struct VotingArgs {
   std::optional<Tensor> row_index, row_weight, softmax_lse;  // keep the pointers of rows alive
 };
 
-// On the CPU, where the data can be read for free, their values are checked too.
 VotingArgs check_voting_rows(const Check& check, const AttentionParams& attention,
                              const Tensor& query, const std::optional<Tensor>& row_index,
                              const std::optional<Tensor>& row_weight,

@@ -4,7 +4,10 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
+#include <cstring>
 #include <stdexcept>
+
+#include "core/validate.h"
 
 namespace kvevict {
 namespace {
@@ -89,28 +92,56 @@ Extent extent_of(const Tensor& tensor) {
   return extent;
 }
 
-// Whether offset + a combination of multiples (|multiple| < size) of the strides from dim on comes
-// closer to 0 than row_bytes.
-bool meets(const Extent& extent, int64_t offset, size_t dim) {
-  if (dim == extent.dims.size()) return std::abs(offset) < extent.row_bytes;
-  const auto [stride, size] = extent.dims[dim];
-  int64_t reach = extent.row_bytes;
-  for (size_t d = dim + 1; d < extent.dims.size(); ++d) {
-    reach += extent.dims[d].first * (extent.dims[d].second - 1);
+// How far two tensors' rows may be apart: multiples of their strides, in descending order.
+struct Step {
+  int64_t stride, low, high;
+};
+
+// Looks for two rows that share a byte.
+struct RowSearch {
+  std::vector<Step> steps;
+  int64_t first_bytes, second_bytes;  // of a row
+  int64_t budget;                     // of visits; enough unless strides have nothing in common
+
+  // Whether such rows exist at `distance` + a combination of the steps from `i` on. Where the
+  // budget does not suffice to tell, they are said to.
+  bool finds(int64_t distance, size_t i = 0) {
+    if (budget-- == 0) return true;
+    if (i == steps.size()) return -second_bytes < distance && distance < first_bytes;
+    int64_t low = -second_bytes + 1 - distance, high = first_bytes - 1 - distance;
+    for (size_t rest = i + 1; rest < steps.size(); ++rest) {
+      low -= steps[rest].high * steps[rest].stride;
+      high -= steps[rest].low * steps[rest].stride;
+    }
+    const Step& step = steps[i];
+    const int64_t last = std::min(step.high, floor_div(high, step.stride));
+    for (int64_t m = std::max(step.low, -floor_div(-low, step.stride)); m <= last; ++m) {
+      if (finds(distance + m * step.stride, i + 1)) return true;
+    }
+    return false;
   }
-  if (stride == 0) return meets(extent, offset, dim + 1);
-  const int64_t low = std::max(-(size - 1), (-reach - offset) / stride - 1);
-  const int64_t high = std::min(size - 1, (reach - offset) / stride + 1);
-  for (int64_t multiple = low; multiple <= high; ++multiple) {
-    if (meets(extent, offset + multiple * stride, dim + 1)) return true;
-  }
-  return false;
-}
+
+  static int64_t floor_div(int64_t a, int64_t b) { return a / b - (a % b < 0 ? 1 : 0); }
+};
 
 bool overlap(const Extent& a, const Extent& b) {
   if (a.end <= b.begin || b.end <= a.begin) return false;
-  // Tensors of one layout may interleave; of different layouts, crossing extents are refused.
-  return a.dims != b.dims || a.row_bytes != b.row_bytes || meets(a, b.begin - a.begin, 0);
+  constexpr int64_t kBudget = 1 << 12;
+  RowSearch search{{}, a.row_bytes, b.row_bytes, kBudget};
+  const auto add = [&](const Extent& extent, int64_t sign) {
+    for (const auto& [stride, size] : extent.dims) {
+      if (stride == 0) continue;
+      auto step = std::find_if(search.steps.begin(), search.steps.end(),
+                               [stride = stride](const Step& s) { return s.stride == stride; });
+      if (step == search.steps.end()) step = search.steps.insert(step, {stride, 0, 0});
+      (sign < 0 ? step->low : step->high) += sign * (size - 1);
+    }
+  };
+  add(a, -1);
+  add(b, 1);
+  std::sort(search.steps.begin(), search.steps.end(),
+            [](const Step& x, const Step& y) { return x.stride > y.stride; });
+  return search.finds(b.begin - a.begin);
 }
 
 bool overlaps_itself(const Extent& extent) {
@@ -122,7 +153,15 @@ bool overlaps_itself(const Extent& extent) {
   return false;
 }
 
+bool debugging() {
+  const char* debug = std::getenv("KVEVICT_DEBUG");
+  return debug && std::strcmp(debug, "1") == 0;
+}
+
 }  // namespace
+
+Check::Check(const char* op, DeviceType device)
+    : op_(op), reads_values_(device == DeviceType::CPU || debugging()) {}
 
 void Check::fail(const Argument& argument, const std::string& expectation,
                  const std::string& value) const {
@@ -196,6 +235,14 @@ void Check::finite(double value, const Argument& argument) const {
   fail(argument, "be finite", std::isnan(value) ? "nan" : value > 0 ? "inf" : "-inf");
 }
 
+void Check::indexable(const Tensor& tensor, const Argument& argument, int64_t dim,
+                      const char* size_name) const {
+  const int64_t size = tensor.size(dim);
+  if (size < kIndexEnd) return;
+  fail(argument, std::string("have a ") + size_name + " below " + std::to_string(kIndexEnd),
+       std::to_string(size));
+}
+
 void Check::not_negative(double value, const Argument& argument) const {
   finite(static_cast<float>(value), argument);
   if (value >= 0.0) return;
@@ -219,6 +266,35 @@ void Check::priority(const std::optional<Tensor>& tensor, int64_t batch_size, in
   std::vector<Dim> expected{batch_size, kv_len};
   if (tensor->dim() == 3) expected.insert(expected.begin() + 1, num_heads);
   companion(*tensor, "priority", ScalarType::Byte, expected, reference, reference_name);
+}
+
+void Check::values_in_range(const Tensor& tensor, const Argument& argument, int64_t low,
+                            int64_t high) const {
+  if (!reads_values()) return;
+  const Tensor host = on_host(tensor);
+  const auto* values = static_cast<const int32_t*>(host.const_data_ptr());
+  const int64_t bad = find_outside(values, host.numel(), low, high);
+  if (bad >= 0) {
+    fail(argument, "be in [" + std::to_string(low) + ", " + std::to_string(high) + ")",
+         element_text(host, bad, values[bad]));
+  }
+}
+
+void Check::scorable(const Tensor& tensor, const Argument& argument) const {
+  dtype(tensor, argument, {ScalarType::Float, ScalarType::Half, ScalarType::BFloat16});
+  shape(tensor, argument, {kAny, kAny, kAny, kAny});
+  contiguous_last_dim(tensor, argument);
+  const int64_t head_dim = tensor.size(3);
+  if (head_dim < 8 || head_dim > 256 || head_dim % 8 != 0) {
+    fail(argument, "have a head_dim that is a multiple of 8 up to 256", std::to_string(head_dim));
+  }
+}
+
+void Check::multiple_of_8(const Tensor& tensor, const Argument& argument) const {
+  const int64_t dim = tensor.size(-1);
+  if (dim < 8 || dim % 8 != 0) {
+    fail(argument, "have a dim that is a multiple of 8", std::to_string(dim));
+  }
 }
 
 void Check::movable(const Tensor& tensor, const Argument& argument) const {

@@ -32,7 +32,14 @@ class Argument {
 
 class Check {
  public:
-  explicit Check(const char* op) : op_(op) {}
+  // device: where the op runs.
+  Check(const char* op, DeviceType device);
+
+  // Whether values of small arguments are checked too. Always on the CPU, where they are read for
+  // free; elsewhere, where that waits for the device, if the environment has KVEVICT_DEBUG=1.
+  bool reads_values() const { return reads_values_; }
+
+  const char* op() const { return op_; }
 
   [[noreturn]] void fail(const Argument& argument, const std::string& expectation,
                          const std::string& value) const;
@@ -62,6 +69,11 @@ class Check {
   void finite(double value, const Argument& argument) const;
   void not_negative(double value, const Argument& argument) const;
 
+  // A dimension whose elements int32 indices name: it ends before kIndexEnd.
+  static constexpr int64_t kIndexEnd = int64_t{1} << 31;
+  void indexable(const Tensor& tensor, const Argument& argument, int64_t dim,
+                 const char* size_name) const;
+
   // A small tensor of a given type and shape beside the op's first tensor.
   void companion(const Tensor& tensor, const Argument& argument, ScalarType type,
                  std::vector<Dim> expected, const Tensor& reference,
@@ -71,16 +83,27 @@ class Check {
   void priority(const std::optional<Tensor>& tensor, int64_t batch_size, int64_t num_heads,
                 int64_t kv_len, const Tensor& reference, const Argument& reference_name) const;
 
+  // If values are read: those of a dense int32 tensor lie in [low, high).
+  void values_in_range(const Tensor& tensor, const Argument& argument, int64_t low,
+                       int64_t high) const;
+
+  // A tensor [batch_size, num_heads, len, head_dim] whose rows can be scored.
+  void scorable(const Tensor& tensor, const Argument& argument) const;
+
+  // A tensor whose rows are multiplied or added, 16 bytes at a time.
+  void multiple_of_8(const Tensor& tensor, const Argument& argument) const;
+
   // A tensor whose elements can be moved as bytes.
   void movable(const Tensor& tensor, const Argument& argument) const;
 
   // The first num_written tensors have no element twice and share none with any other tensor: they
-  // will be written. The rest is only read.
+  // will be written. The rest is only read. Strides without any common order may be refused, too.
   void disjoint(const std::vector<Tensor>& tensors, const std::vector<Argument>& names,
                 size_t num_written) const;
 
  private:
   const char* op_;
+  bool reads_values_;
 };
 
 // An offending element and its place: "900 at [1, 3, 17]".

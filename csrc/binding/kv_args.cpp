@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "binding/in_place.h"
 #include "core/validate.h"
 
 namespace kvevict {
@@ -21,7 +22,7 @@ KvTensor kv_tensor(const Tensor& tensor, Access access) {
 // Every list once: shared ones (stride 0) are checked against the shortest layer.
 void check_list_values(const Check& check, const IndexArgs& args, const KvShape& shape,
                        const std::vector<int64_t>& kv_lens) {
-  const IndexLists& lists = args.lists;
+  const auto& [lists, indices, lens] = on_host(args);
   const bool per_layer = lists.stride_layer != 0 || lists.lens_stride_layer != 0;
   const bool per_head = lists.stride_head != 0 || lists.lens_stride_head != 0;
   for (int64_t layer = 0; layer < (per_layer ? shape.num_layers : 1); ++layer) {
@@ -40,12 +41,12 @@ void check_list_values(const Check& check, const IndexArgs& args, const KvShape&
         const int64_t outside = find_outside(list, len, 0, kv_len);
         if (outside >= 0) {
           check.fail("kept_indices", "be in [0, " + std::to_string(kv_len) + ")",
-                     element_text(args.indices, place(outside), list[outside]));
+                     element_text(indices, place(outside), list[outside]));
         }
         const int64_t descent = find_not_ascending(list, len);
         if (descent >= 0) {
           check.fail("kept_indices", "ascend strictly",
-                     element_text(args.indices, place(descent), list[descent]) + " after " +
+                     element_text(indices, place(descent), list[descent]) + " after " +
                          std::to_string(list[descent - 1]));
         }
       }
@@ -74,6 +75,20 @@ ListStrides list_strides(const Tensor& tensor, int64_t num_dims) {
 
 }  // namespace
 
+std::vector<Argument> element_names(const char* list, size_t count) {
+  std::vector<Argument> names;
+  for (size_t i = 0; i < count; ++i) names.emplace_back(list, i);
+  return names;
+}
+
+IndexArgs on_host(const IndexArgs& args) {
+  IndexArgs host{args.lists, on_host(args.indices), std::nullopt};
+  if (args.lens) host.lens = on_host(*args.lens);
+  host.lists.indices = static_cast<const int32_t*>(host.indices.const_data_ptr());
+  host.lists.lens = data_or_null<int32_t>(host.lens);
+  return host;
+}
+
 std::vector<KvTensor> kv_tensors(const std::vector<Tensor>& keys, const std::vector<Tensor>& values,
                                  Access access) {
   std::vector<KvTensor> tensors;
@@ -101,6 +116,7 @@ std::vector<KvTensor> check_kv_layers(const Check& check, const std::vector<Tens
     } else {
       check.shape(key, key_name, {keys[0].size(0), keys[0].size(1), kAny, kAny});
     }
+    check.indexable(key, key_name, 2, "kv_len");
     check.movable(key, key_name);
     check.device(value, value_name, keys[0], "keys[0]");
     check.shape(value, value_name, {key.size(0), key.size(1), key.size(2), kAny});
@@ -115,6 +131,7 @@ IndexArgs check_index_lists(const Check& check, const Tensor& lists, const Argum
   std::vector<Check::Dim> dims = list_dims(shape, lists.dim() == 3);
   dims.push_back(Check::kAny);
   check.companion(lists, argument, ScalarType::Int, dims, reference, reference_name);
+  check.indexable(lists, argument, lists.dim() - 1, "k");
   IndexArgs args{{}, dense(lists), std::nullopt};
   const int64_t k = lists.size(-1);
   const ListStrides strides = list_strides(lists, lists.dim() - 1);
@@ -141,21 +158,14 @@ IndexArgs check_list_lens(const Check& check, const Tensor& lens, const Argument
   return args;
 }
 
-void check_disjoint(const Check& check, const std::vector<Tensor>& keys,
-                    const std::vector<Tensor>& values,
-                    std::initializer_list<std::pair<Argument, std::optional<Tensor>>> lists) {
-  std::vector<Tensor> tensors = keys;
-  tensors.insert(tensors.end(), values.begin(), values.end());
-  std::vector<Argument> names;
-  for (size_t layer = 0; layer < keys.size(); ++layer) names.emplace_back("keys", layer);
-  for (size_t layer = 0; layer < values.size(); ++layer) names.emplace_back("values", layer);
-  const size_t num_written = tensors.size();
-  for (const auto& [name, list] : lists) {
-    if (!list) continue;
-    tensors.push_back(*list);
-    names.push_back(name);
-  }
-  check.disjoint(tensors, names, num_written);
+void claim_layers(const Check& check, const std::vector<Tensor>& keys,
+                  const std::vector<Tensor>& values,
+                  std::initializer_list<std::pair<Argument, std::optional<Tensor>>> lists) {
+  std::vector<Tensor> written = keys;
+  written.insert(written.end(), values.begin(), values.end());
+  std::vector<Argument> names = element_names("keys", keys.size());
+  for (const Argument& name : element_names("values", values.size())) names.push_back(name);
+  claim(check, written, std::move(names), lists);
 }
 
 IndexArgs check_kept_indices(const Check& check, const Tensor& kept_indices,
@@ -175,7 +185,9 @@ IndexArgs check_kept_indices(const Check& check, const Tensor& kept_indices,
   args.lists.lens_stride_layer = strides.layer;
   args.lists.lens_stride_batch = strides.batch;
   args.lists.lens_stride_head = strides.head;
-  if (reference.is_cpu() && shape.num_layers > 0) check_list_values(check, args, shape, kv_lens);
+  if (check.reads_values() && shape.num_layers > 0) {
+    check_list_values(check, args, shape, kv_lens);
+  }
   return args;
 }
 

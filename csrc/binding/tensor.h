@@ -7,6 +7,7 @@
 
 #include <optional>
 
+#include "core/dtype.h"
 #include "core/head_tensor.h"
 
 // Where the ops are registered: torch.ops.kvevict.
@@ -20,6 +21,15 @@ using torch::headeronly::DeviceType;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+// The element type of a tensor that was checked to have one of these.
+inline DType dtype_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Half: return DType::kFloat16;
+    case ScalarType::BFloat16: return DType::kBFloat16;
+    default: return DType::kFloat32;
+  }
+}
+
 inline Tensor new_empty(const Tensor& like, std::initializer_list<int64_t> shape,
                         ScalarType dtype) {
   return torch::stable::new_empty(like, {shape.begin(), shape.size()}, dtype);
@@ -31,6 +41,12 @@ inline Tensor dense(const Tensor& tensor) {
 }
 inline std::optional<Tensor> dense(const std::optional<Tensor>& tensor) {
   return tensor ? std::optional<Tensor>(dense(*tensor)) : std::nullopt;
+}
+
+// The tensor where the host can read it; waits for its device.
+inline Tensor on_host(const Tensor& tensor) {
+  return tensor.is_cpu() ? tensor
+                         : torch::stable::to(tensor, torch::stable::Device(DeviceType::CPU));
 }
 
 template <typename T>

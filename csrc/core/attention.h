@@ -43,10 +43,14 @@ struct VotingRows {
   bool weight_per_head;
   const float* softmax_lse;  // [batch_size, num_qo_heads, qo_len], or null: computed
   int64_t num_rows;
+  int64_t qo_len = 0;  // with row_index
 
-  // The query row of an entry, or -1.
+  // The query row of an entry, or less than 0. A row that does not exist, which CUDA does not
+  // refuse, is none.
   KVEVICT_HD int64_t row(int64_t batch, int64_t entry) const {
-    return row_index ? row_index[batch * num_rows + entry] : entry;
+    if (!row_index) return entry;
+    const int64_t row = row_index[batch * num_rows + entry];
+    return row < qo_len ? row : -1;
   }
   KVEVICT_HD float weight(int64_t batch, int64_t num_qo_heads, int64_t head, int64_t entry) const {
     if (!row_weight) return 1.0f;

@@ -40,4 +40,13 @@ struct KvShape {
   }
 };
 
+// How many bytes the kept rows of all tensors have, at most.
+inline int64_t kept_bytes(const KvShape& shape, const KvTensor* tensors, int64_t k) {
+  int64_t bytes = 0;
+  for (int64_t i = 0; i < shape.num_tensors(); ++i) {
+    bytes += (k < tensors[i].kv_len ? k : tensors[i].kv_len) * tensors[i].row_bytes;
+  }
+  return bytes * shape.batch_size * shape.num_kv_heads;
+}
+
 }  // namespace kvevict

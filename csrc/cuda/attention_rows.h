@@ -7,6 +7,7 @@
 #include "core/attention.h"
 #include "core/dispatch.h"
 #include "cuda/reductions.h"
+#include "cuda/vector_loads.h"
 
 namespace kvevict {
 
@@ -168,13 +169,7 @@ struct RowSplits {
 // Whether all rows of query and key start on 16 bytes.
 inline bool rows_aligned(const AttentionParams& attention) {
   const int bytes = attention.dtype == DType::kFloat32 ? 4 : 2;
-  bool aligned = true;
-  for (const HeadTensor* tensor : {&attention.query, &attention.key}) {
-    const auto address = reinterpret_cast<intptr_t>(tensor->data);
-    const int64_t strides = tensor->stride_batch | tensor->stride_head | tensor->stride_seq;
-    aligned &= address % 16 == 0 && strides * bytes % 16 == 0;
-  }
-  return aligned;
+  return rows_aligned(attention.query, bytes) && rows_aligned(attention.key, bytes);
 }
 
 }  // namespace kvevict

@@ -30,14 +30,11 @@ inline constexpr int kTileThreads = 32 * kTileWarps;
 // Blocks per multiprocessor to leave registers for. Without it ptxas spills to fit more.
 inline constexpr int kTileBlocks = 2;
 
-template <DType dtype>
-inline constexpr int kTileElementBytes = dtype == DType::kFloat32 ? 4 : 2;
-
 template <DType dtype, int kHeadDim_, bool small = false>
 struct TileShape {
   static constexpr DType kDType = dtype;
   static constexpr int kHeadDim = kHeadDim_;
-  static constexpr int kElementBytes = kTileElementBytes<dtype>;
+  static constexpr int kElementBytes = kvevict::kElementBytes<dtype>;
   static constexpr int kChunks = kHeadDim * kElementBytes / 16;
   static constexpr TileTuning kTuning = tile_tuning(small ? kMaxChunks : kChunks, kElementBytes);
   // The same rows in smaller tiles, for kernels that keep more beside the products.

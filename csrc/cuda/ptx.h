@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The only place with inline PTX: asynchronous copies, matrix multiply-accumulate, special stores.
-// tests/emulation has a file of the same name that does the same on the CPU.
+// The only place with inline PTX: asynchronous copies, matrix multiply-accumulate, conversions,
+// special stores. tests/emulation has a file of the same name that does the same on the CPU.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -75,6 +75,23 @@ __device__ __forceinline__ void mma_fp16(float (&d)[4], const uint32_t (&a)[4],
 __device__ __forceinline__ float exp2_approx(float x) {
   float result;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+
+// A float16 as a float, and two floats rounded to the nearest 16-bit numbers, ties to even.
+__device__ __forceinline__ float fp16_to_float(uint16_t bits) {
+  float result;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(result) : "h"(bits));
+  return result;
+}
+__device__ __forceinline__ uint32_t pack_fp16(float low, float high) {
+  uint32_t result;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
+  return result;
+}
+__device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
+  uint32_t result;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
   return result;
 }
 

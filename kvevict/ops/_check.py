@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 Size = int | torch.SymInt
+Truth = bool | torch.SymBool
 Dim = Size | tuple[Size, Size] | None  # a size, one of two sizes, any
 ANY: Dim = None
+INDEX_END = 2**31
 _LARGEST_FLOAT32 = (2 - 2.0**-23) * 2.0**127
 
 
@@ -22,18 +24,28 @@ class Check:
         self.op = op
 
     def fail(self, argument: str, expectation: str, value: object) -> NoReturn:
-        raise ValueError(f"kvevict::{self.op}: {argument} must {expectation}, got {value}")
+        raise ValueError(self._words(argument, expectation, value))
+
+    def require(self, holds: Truth, argument: str, expectation: str, value: object) -> None:
+        """Fails unless it holds; if that is known only when a graph runs, the graph checks it."""
+        check: Any = torch._check_value
+        check(holds, lambda: self._words(argument, expectation, value))
+
+    def _words(self, argument: str, expectation: str, value: object) -> str:
+        return f"kvevict::{self.op}: {argument} must {expectation}, got {value}"
 
     def shape(self, tensor: Tensor, argument: str, *expected: Dim) -> None:
         sizes = tensor.shape
-        fits = len(sizes) == len(expected) and all(
-            dim is None or (size in dim if isinstance(dim, tuple) else size == dim)
-            for size, dim in zip(sizes, expected, strict=True)
-        )
-        if not fits:
-            words = ", ".join(_dim_name(dim) for dim in expected)
-            comma = "," if len(expected) == 1 else ""
-            self.fail(argument, f"have shape ({words}{comma})", tuple(sizes))
+        words = ", ".join(_dim_name(dim) for dim in expected)
+        comma = "," if len(expected) == 1 else ""
+        expectation = f"have shape ({words}{comma})"
+        if len(sizes) != len(expected):
+            self.fail(argument, expectation, tuple(sizes))
+        for size, dim in zip(sizes, expected, strict=True):
+            if dim is not None:
+                first, second = dim if isinstance(dim, tuple) else (dim, dim)
+                fits = (size == first) | (size == second)
+                self.require(fits, argument, expectation, tuple(sizes))
 
     def dtype(self, tensor: Tensor, argument: str, *allowed: torch.dtype) -> None:
         if tensor.dtype not in allowed:
@@ -45,16 +57,15 @@ class Check:
             self.fail(argument, f"be on {reference.device} as {name} is", tensor.device)
 
     def contiguous_last_dim(self, tensor: Tensor, argument: str) -> None:
-        if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
-            self.fail(argument, "have a contiguous last dimension", f"stride {tensor.stride(-1)}")
+        stride = tensor.stride(-1)
+        fits = (tensor.shape[-1] <= 1) | (stride == 1)
+        self.require(fits, argument, "have a contiguous last dimension", f"stride {stride}")
 
     def at_least(self, value: Size, argument: str, minimum: int) -> None:
-        if value < minimum:
-            self.fail(argument, f"be at least {minimum}", value)
+        self.require(value >= minimum, argument, f"be at least {minimum}", value)
 
     def in_range(self, value: Size, argument: str, low: int, high: int) -> None:
-        if not low <= value < high:
-            self.fail(argument, f"be in [{low}, {high})", value)
+        self.require((value >= low) & (value < high), argument, f"be in [{low}, {high})", value)
 
     def one_of(self, value: int, argument: str, names: Sequence[str]) -> None:
         if not 0 <= value < len(names):
@@ -66,6 +77,10 @@ class Check:
             value = math.copysign(math.inf, value)
         if not math.isfinite(value):
             self.fail(argument, "be finite", value)
+
+    def indexable(self, tensor: Tensor, argument: str, dim: int, size_name: str) -> None:
+        size = tensor.shape[dim]
+        self.require(size < INDEX_END, argument, f"have a {size_name} below {INDEX_END}", size)
 
     def not_negative(self, value: float, argument: str) -> None:
         self.finite(value, argument)
@@ -86,6 +101,15 @@ class Check:
         self.dtype(tensor, argument, dtype)
         self.shape(tensor, argument, *shape)
 
+    def scorable(self, tensor: Tensor, argument: str) -> None:
+        """Checks a tensor [batch_size, num_heads, len, head_dim] whose rows are scored."""
+        self.dtype(tensor, argument, torch.float32, torch.float16, torch.bfloat16)
+        self.shape(tensor, argument, ANY, ANY, ANY, ANY)
+        self.contiguous_last_dim(tensor, argument)
+        head_dim = tensor.shape[3]
+        fits = (head_dim >= 8) & (head_dim <= 256) & (head_dim % 8 == 0)
+        self.require(fits, argument, "have a head_dim that is a multiple of 8 up to 256", head_dim)
+
     def movable(self, tensor: Tensor, argument: str) -> None:
         if tensor.element_size() not in (1, 2, 4, 8):
             self.fail(argument, "have elements of 1, 2, 4 or 8 bytes", _dtype_name(tensor.dtype))
@@ -100,20 +124,17 @@ def check_attention(
     sm_scale: float | None,
     causal: bool,
 ) -> None:
-    check.dtype(query, "query", torch.float32, torch.float16, torch.bfloat16)
-    check.shape(query, "query", ANY, ANY, ANY, ANY)
-    check.contiguous_last_dim(query, "query")
+    check.scorable(query, "query")
     batch_size, num_qo_heads, qo_len, head_dim = query.shape
-    if head_dim < 8 or head_dim > 256 or head_dim % 8 != 0:
-        check.fail("query", "have a head_dim that is a multiple of 8 up to 256", head_dim)
     check.companion(key, "key", query.dtype, (batch_size, ANY, ANY, head_dim), query, "query")
     check.contiguous_last_dim(key, "key")
     num_kv_heads, kv_len = key.shape[1:3]
     check.at_least(num_kv_heads, "key's num_kv_heads", 1)
-    if num_qo_heads < 1 or num_qo_heads % num_kv_heads != 0:
-        check.fail("query", f"have a multiple of key's {num_kv_heads} heads", num_qo_heads)
-    if causal and qo_len > kv_len:
-        check.fail("query", f"have at most kv_len = {kv_len} rows when causal", qo_len)
+    fits = (num_qo_heads >= 1) & (num_qo_heads % num_kv_heads == 0)
+    check.require(fits, "query", f"have a multiple of key's {num_kv_heads} heads", num_qo_heads)
+    if causal:
+        words = f"have at most kv_len = {kv_len} rows when causal"
+        check.require(qo_len <= kv_len, "query", words, qo_len)
     if key_mask is not None:
         check.companion(key_mask, "key_mask", torch.bool, (batch_size, kv_len), query, "query")
     if sm_scale is not None:
@@ -131,6 +152,7 @@ def check_voting_rows(
     num_rows: Size = qo_len
     if row_index is not None:
         check.companion(row_index, "row_index", torch.int32, (batch_size, ANY), query, "query")
+        check.indexable(query, "query", 2, "qo_len")
         num_rows = row_index.shape[1]
     if row_weight is not None:
         per_head: tuple[Dim, ...] = (batch_size, num_qo_heads, num_rows)
@@ -168,6 +190,7 @@ def check_kv_layers(check: Check, keys: Sequence[Tensor], values: Sequence[Tenso
             check.shape(key, "keys[0]", ANY, ANY, ANY, ANY)
         else:
             check.shape(key, f"keys[{layer}]", *keys[0].shape[:2], ANY, ANY)
+        check.indexable(key, f"keys[{layer}]", 2, "kv_len")
         check.movable(key, f"keys[{layer}]")
         check.device(value, f"values[{layer}]", keys[0], "keys[0]")
         check.shape(value, f"values[{layer}]", *key.shape[:3], ANY)
@@ -185,6 +208,7 @@ def check_index_lists(
     """Checks index lists for ``(num_layers, batch_size, num_kv_heads)``."""
     expected = (*_list_dims(shape, all_layers=lists.dim() == 3), ANY)
     check.companion(lists, argument, torch.int32, expected, reference, name)
+    check.indexable(lists, argument, -1, "k")
 
 
 def check_list_lens(
@@ -215,6 +239,15 @@ def check_kept_indices(
         check.companion(kept_lens, "kept_lens", torch.int32, lens_shape, reference, name)
 
 
+def check_token_lists(
+    check: Check, lists: Tensor, argument: str, tokens: Tensor, name: str, length: Dim = ANY
+) -> None:
+    """Checks positions [batch_size, num_heads | 1, length] of tokens."""
+    batch_size, num_heads = tokens.shape[:2]
+    shape = (batch_size, (num_heads, 1), length)
+    check.companion(lists, argument, torch.int32, shape, tokens, name)
+
+
 def _list_dims(shape: tuple[Size, Size, Size], *, all_layers: bool) -> tuple[Dim, ...]:
     num_layers, batch_size, num_kv_heads = shape
     one_for_all: tuple[Dim, ...] = (batch_size, (num_kv_heads, 1))
@@ -225,7 +258,7 @@ def _dim_name(dim: Dim) -> str:
     if dim is None:
         return "*"
     if isinstance(dim, tuple):
-        return f"{dim[0]} or {dim[1]}" if dim[0] != dim[1] else str(dim[0])
+        return " or ".join(dict.fromkeys(map(str, dim)))
     return str(dim)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvevict.ops._check import ANY, Check, check_kept_indices
+from kvevict.ops._check import ANY, INDEX_END, Check, check_kept_indices
 from kvevict.ops._fake import register_fake
 
 
@@ -31,7 +31,7 @@ def broadcast_indices(
         num_layers: of the result.
         num_kv_heads: of the result.
         base_indices: [num_layers | 1, batch_size, num_kv_heads | 1, k0] int32, kept by an earlier
-            eviction: entries of kept_indices are places in this list.
+            eviction, strictly ascending and then -1: entries of kept_indices are places in it.
         block_tables: [num_layers | 1, batch_size, max_pages] int32, -1 for no page. Positions
             become slots ``page * page_size + position % page_size`` where ``page`` is
             ``block_tables[..., position // page_size]``; slots need not ascend.
@@ -43,7 +43,7 @@ def broadcast_indices(
 
     Raises:
         ValueError: naming the argument, what it must be and what it is. Values are checked on the
-            CPU only.
+            CPU, and on CUDA if ``KVEVICT_DEBUG=1``.
 
     O(num_layers * batch_size * num_kv_heads * k) time, no extra memory.
     """
@@ -82,6 +82,7 @@ def _(
         check.companion(
             base_indices, "base_indices", torch.int32, shape, kept_indices, "kept_indices"
         )
+        check.indexable(base_indices, "base_indices", 3, "k")
     if block_tables is not None:
         check.companion(
             block_tables,
@@ -91,7 +92,7 @@ def _(
             kept_indices,
             "kept_indices",
         )
-        check.in_range(page_size, "page_size", 1, 2**31)
+        check.in_range(page_size, "page_size", 1, INDEX_END)
     check_kept_indices(
         check,
         kept_indices,

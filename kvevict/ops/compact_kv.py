@@ -34,7 +34,9 @@ def compact_kv_(
 
     Raises:
         ValueError: naming the argument, what it must be and what it is. Values of kept_indices and
-            kept_lens are checked on the CPU only.
+            kept_lens are checked on the CPU, and on CUDA if ``KVEVICT_DEBUG=1``.
+        RuntimeError: if autograd forbids to write a key or value: it requires grad outside of
+            ``torch.no_grad()``, or is an inference tensor outside of inference mode.
 
     Moves at most 2 * k rows per layer, sequence and head; rows in place already are skipped. No
     extra memory.

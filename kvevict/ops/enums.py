@@ -13,6 +13,13 @@ class Statistic(IntEnum):
     SUM_OF_SQUARES = 2
 
 
+class DiversityReference(IntEnum):
+    """The mean over keys that `mix_scores` scales the diversity to."""
+
+    ATTENTION = 0
+    IMPORTANCE = 1
+
+
 class HeadReduction(IntEnum):
     """How the scores of the query heads become the scores of one list."""
 
@@ -20,3 +27,10 @@ class HeadReduction(IntEnum):
     GROUP_MEAN = 1
     GROUP_MAX = 2
     ALL_MEAN = 3
+
+
+class Metric(IntEnum):
+    """How alike two tokens are to `match_tokens`."""
+
+    COSINE = 0
+    DOT = 1

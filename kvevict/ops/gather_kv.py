@@ -35,7 +35,7 @@ def gather_kv(
 
     Raises:
         ValueError: naming the argument, what it must be and what it is. Values of kept_indices and
-            kept_lens are checked on the CPU only.
+            kept_lens are checked on the CPU, and on CUDA if ``KVEVICT_DEBUG=1``.
 
     Moves 2 * k rows per layer, sequence and head, once; no extra memory beside the result.
     """

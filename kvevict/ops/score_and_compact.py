@@ -7,6 +7,7 @@ from torch import Tensor
 
 from kvevict.ops._check import (
     ANY,
+    INDEX_END,
     Check,
     check_attention,
     check_head_reduction,
@@ -62,7 +63,10 @@ def score_and_compact(
         num_kv_heads, or 1 where all heads share one list.
 
     Raises:
-        ValueError: naming the argument, what it must be and what it is.
+        ValueError: naming the argument, what it must be and what it is. Values of ``row_index``
+            and ``row_weight`` are checked on the CPU, and on CUDA if ``KVEVICT_DEBUG=1``.
+        RuntimeError: if autograd forbids to write key or value: it requires grad outside of
+            ``torch.no_grad()``, or is an inference tensor outside of inference mode.
 
     Time and memory of the ops it is made of.
     """
@@ -109,7 +113,8 @@ def _(
     check.device(value, "value", query, "query")
     check.shape(value, "value", batch_size, num_kv_heads, kv_len, ANY)
     check.movable(value, "value")
-    check.at_least(budget, "budget", 0)
+    check.indexable(key, "key", 2, "kv_len")
+    check.in_range(budget, "budget", 0, INDEX_END)
     check_head_reduction(check, head_reduction)
     if text_weighted:
         if row_index is None:
@@ -118,10 +123,11 @@ def _(
             check.fail("row_weight", "be None when text_weighted", "a tensor")
         if not causal:
             check.fail("causal", "be True when text_weighted", False)
-    elif head_reduction == HeadReduction.NONE and query.shape[1] != num_kv_heads:
-        check.fail("head_reduction", f"reduce to key's {num_kv_heads} heads", "0 (NONE)")
-    if pool_kernel < 1 or pool_kernel % 2 == 0:
-        check.fail("pool_kernel", "be odd and at least 1", pool_kernel)
+    elif head_reduction == HeadReduction.NONE:
+        words = f"reduce to key's {num_kv_heads} heads"
+        check.require(query.shape[1] == num_kv_heads, "head_reduction", words, "0 (NONE)")
+    is_odd = (pool_kernel >= 1) & (pool_kernel % 2 == 1)
+    check.require(is_odd, "pool_kernel", "be odd and at least 1", pool_kernel)
     num_heads = 1 if text_weighted else num_score_heads(query, key, head_reduction)
     if priority is not None:
         check_priority(check, priority, (batch_size, num_heads, kv_len), query, "query")

@@ -61,7 +61,7 @@ def score_keys(
 
     Raises:
         ValueError: naming the argument, what it must be and what it is. Values of ``row_index``
-            and ``row_weight`` are checked on the CPU only.
+            and ``row_weight`` are checked on the CPU, and on CUDA if ``KVEVICT_DEBUG=1``.
 
     O(num_qo_heads * num_rows * kv_len * head_dim) time. Extra memory: num_qo_heads * kv_len floats
     and, per thread, a block of rows (a few MB).

@@ -45,7 +45,7 @@ def score_keys_by_text(
 
     Raises:
         ValueError: naming the argument, what it must be and what it is. Values of ``row_index``
-            are checked on the CPU only.
+            are checked on the CPU, and on CUDA if ``KVEVICT_DEBUG=1``.
 
     O(num_qo_heads * num_rows * kv_len * head_dim) time; extra memory at most 4 * num_rows * kv_len
     floats per sequence, however many heads.

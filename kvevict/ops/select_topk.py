@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvevict.ops._check import ANY, Check, check_priority
+from kvevict.ops._check import ANY, INDEX_END, Check, check_priority
 from kvevict.ops._fake import register_fake
 
 
@@ -23,7 +23,7 @@ def select_topk(
 
     Args:
         scores: [batch_size, num_heads, kv_len] float32.
-        k: capacity of a list; may exceed kv_len.
+        k: capacity of a list; may exceed kv_len. Both are below 2**31, as indices are int32.
         row_k: [batch_size, num_heads] int32 in [0, k], how many to keep of each row; k if None.
         priority: [batch_size, kv_len] or [batch_size, num_heads, kv_len] uint8: 0 never keeps a key
             (padding), 1 is ordinary, higher classes win over any score (sinks, recent window, text
@@ -35,7 +35,7 @@ def select_topk(
 
     Raises:
         ValueError: naming the argument, what it must be and what it is. Values of ``row_k`` are
-            checked on the CPU only.
+            checked on the CPU, and on CUDA if ``KVEVICT_DEBUG=1``.
 
     O(kv_len + k) time per row: a radix select and one ordered sweep. Extra memory: two copies of a
     row per thread.
@@ -53,7 +53,8 @@ def _(
     check = Check("select_topk")
     check.dtype(scores, "scores", torch.float32)
     check.shape(scores, "scores", ANY, ANY, ANY)
-    check.at_least(k, "k", 0)
+    check.indexable(scores, "scores", 2, "kv_len")
+    check.in_range(k, "k", 0, INDEX_END)
     batch_size, num_heads, kv_len = scores.shape
     if row_k is not None:
         check.companion(row_k, "row_k", torch.int32, (batch_size, num_heads), scores, "scores")

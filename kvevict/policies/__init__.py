@@ -30,7 +30,9 @@ from kvevict.policies.decode import DecodePolicy, Victims
 from kvevict.policies.flashcache import FlashCache
 from kvevict.policies.h2o import H2O
 from kvevict.policies.hae import HAE
+from kvevict.policies.keydiff import KeyDiff
 from kvevict.policies.lightkv import LightKV
+from kvevict.policies.mixkv import MixKV
 from kvevict.policies.prefixkv import PrefixKV
 from kvevict.policies.pyramidkv import PyramidKV
 from kvevict.policies.random import Random
@@ -55,9 +57,11 @@ __all__ = [
     "DBudgetKV",
     "DecodePolicy",
     "FlashCache",
+    "KeyDiff",
     "LayerPolicy",
     "LayerScores",
     "LightKV",
+    "MixKV",
     "Policy",
     "PrefillPolicy",
     "PrefixKV",
@@ -78,6 +82,18 @@ __all__ = [
     "select_layers",
 ]
 
+
+def _mixkv(*, host: str = "snapkv", **fields: Any) -> MixKV:
+    """Build MixKV over a host; fields that are not its own are the host's."""
+    hosts: dict[str, type[SnapKV]] = {"adakv": AdaKV, "pyramidkv": PyramidKV, "snapkv": SnapKV}
+    if host not in hosts:
+        raise ValueError(
+            f"kvevict.policies.get: host of mixkv must be one of {sorted(hosts)}, got {host!r}"
+        )
+    own = {name: fields.pop(name) for name in ("diversity_reference",) if name in fields}
+    return MixKV(hosts[host](**fields), **own)
+
+
 # By the name of the module.
 _POLICIES: dict[str, Callable[..., PrefillPolicy]] = {
     "adakv": AdaKV,
@@ -87,6 +103,8 @@ _POLICIES: dict[str, Callable[..., PrefillPolicy]] = {
     "flashcache": FlashCache,
     "h2o": H2O,
     "hae": HAE,
+    "keydiff": KeyDiff,
+    "mixkv": _mixkv,
     "prefixkv": PrefixKV,
     "pyramidkv": PyramidKV,
     "random": Random,
@@ -105,6 +123,8 @@ def list() -> builtins.list[str]:
 
 def get(name: str, **fields: Any) -> PrefillPolicy:
     """Build a policy by name, e.g. `get("snapkv", keep=64, window=16)`.
+
+    "mixkv" takes the name of its host and the host's fields: `get("mixkv", host="adakv", keep=64)`.
 
     Raises:
         ValueError: if there is no policy of that name.

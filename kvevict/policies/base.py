@@ -267,9 +267,9 @@ class Policy:
 
     Attributes:
         keep: how much of the prompt stays: a float is a ratio of the real tokens, an int a number
-            of tokens per layer. 1.0 or more, or at least the prompt's length, evicts nothing.
-            A method whose own rule finds the number (`sets_budget`) takes it as the most that may
-            stay, and None for no limit.
+            of tokens per layer. A ratio of 1.0 or more (5.0 is one, not five tokens), or a number
+            of at least the prompt's length, evicts nothing. A method whose own rule finds the
+            number (`sets_budget`) takes it as the most that may stay, and None for no limit.
         num_sink: the first tokens of every sequence stay in every layer and KV head, counted
             inside `keep`; where `keep` is smaller, its number of first tokens.
         head_reduction: whose attention makes a list, hence how many lists a layer has.

@@ -101,6 +101,8 @@ def test_a_timed_case_becomes_a_row(tmp_path: Path, capsys: pytest.CaptureFixtur
         cases.score_keys(shape, given_lse=True),
         cases.select_topk(shape, 20),
         cases.score_and_compact(shape),
+        cases.key_diversity(shape),
+        cases.mix_scores(shape),
     ):
         outcome = cases.run_case(case, WallTimer())
         assert outcome.errors == {}
@@ -113,7 +115,7 @@ def test_a_timed_case_becomes_a_row(tmp_path: Path, capsys: pytest.CaptureFixtur
     file = tmp_path / "gpu.json"
     file.write_text(json.dumps(data))
     table.main([str(file), "--goals"])
-    assert capsys.readouterr().out.count("| `") == 5
+    assert capsys.readouterr().out.count("| `") == 7
 
 
 def test_a_wrong_peer_is_out_and_ours_is_never_timed_if_wrong() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bench import peers
-from bench.checks import check_close, check_same_choice
+from bench.checks import check_close, check_rounded, check_same_choice
 from bench.shapes import A8, CacheInputs, Workload, attention_inputs, cache_inputs
 from kvevict import reference
 
@@ -27,12 +27,31 @@ def test_scores() -> None:
     check_close("LSE", peers.attention_lse(x.query, x.key), lse, torch.float32)
 
 
+def test_accumulated_scores() -> None:
+    x = attention_inputs(SMALL, torch.float32)
+    scores = torch.rand(2, 2, SMALL.kv_len)
+    expected = scores.double()
+    reference.accumulate_scores_(expected, x.query, x.key, decay=0.9)
+    for peer in (peers.accumulated_scores, peers.accumulated_grouped_scores):
+        check_close(peer.__name__, peer(scores, x.query, x.key, 0.9), expected, torch.float32)
+
+
 def test_scores_by_text() -> None:
     x = attention_inputs(SMALL, torch.float32)
     rows = torch.arange(SMALL.num_rows, dtype=torch.int32).expand(SMALL.batch_size, -1)
     expected = reference.score_keys_by_text(x.query, x.key, rows)
     for part, wanted in zip(peers.tgv_scores(x.query, x.key), expected, strict=True):
         check_close("eager", part, wanted, torch.float32)
+
+
+def test_diversity() -> None:
+    key = attention_inputs(SMALL, torch.float32).key + 1
+    similarity, redundancy = reference.key_diversity(key)
+    actual = peers.key_diversity(key)
+    check_close("eager", actual[0], similarity, torch.float32)
+    check_close("eager", actual[1], redundancy, torch.float32)
+    inputs = (torch.rand_like(actual[0]), *torch.rand(2, *actual[0].shape), actual[1])
+    check_close("eager", peers.mix_scores(*inputs), reference.mix_scores(*inputs), torch.float32)
 
 
 def test_moves() -> None:
@@ -52,6 +71,18 @@ def test_cache_inputs_are_ascending_lists() -> None:
 def test_selection_is_ascending() -> None:
     index = peers.topk_sorted(torch.rand(2, 3, 40), 10)
     assert (index.diff() > 0).all()
+
+
+@pytest.mark.parametrize("heads", [(2,), (3, 2, 2)])
+def test_rotation(heads: tuple[int, ...]) -> None:
+    keys = [torch.randn(2, 2, 50, 16) for _ in range(3)]
+    old_positions = torch.randint(0, 90, (*heads, 50), dtype=torch.int32)
+    new_positions, inv_freq = torch.arange(50, dtype=torch.int32).expand(2, -1), torch.rand(8)
+    expected = [key.double() for key in keys]
+    reference.rerotate_keys_(expected, old_positions, new_positions, inv_freq)
+    rotated = peers.rerotate(keys, old_positions, new_positions, inv_freq)
+    for mine, wanted in zip(rotated, expected, strict=True):
+        check_rounded("eager", mine, wanted)
 
 
 @pytest.mark.parametrize("pool_kernel", [1, 5])

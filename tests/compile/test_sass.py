@@ -22,7 +22,9 @@ EXPECTED = {
     ATTENTION + "<float": ["FFMA", SHARED_LOAD_16, ASYNC_COPY_16],
     r"evict_slots_kernel<uint4": [LOAD_16, STORE_16],
     r"move_rows_kernel<uint4": [ASYNC_COPY_16, STORE_16],
+    r"rerotate_keys_kernel<(float, 4|half, 8)": [LOAD_16, STORE_16],
     r"select_short_kernel": [LOAD_16, SHARED_LOAD_16],
+    r"(sum_unit|compare)_keys_kernel": [LOAD_16],
 }
 
 

@@ -442,6 +442,7 @@ cudaError_t get_attribute(int* value, cudaDeviceAttr attribute) {
     case cudaDevAttrMaxSharedMemoryPerBlock: *value = kMaxPlainSharedBytes; return cudaSuccess;
     case cudaDevAttrWarpSize: *value = kWarpSize; return cudaSuccess;
     case cudaDevAttrMultiProcessorCount: *value = controls.num_multiprocessors; return cudaSuccess;
+    case cudaDevAttrL2CacheSize: *value = kL2Bytes; return cudaSuccess;
     case cudaDevAttrComputeCapabilityMajor: *value = 8; return cudaSuccess;
     case cudaDevAttrComputeCapabilityMinor: *value = 0; return cudaSuccess;
     case cudaDevAttrMaxSharedMemoryPerBlockOptin:

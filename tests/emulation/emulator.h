@@ -14,6 +14,7 @@ namespace kvevict::emulation {
 
 inline constexpr int kWarpSize = 32;
 inline constexpr int kMaxThreadsPerBlock = 1024;
+inline constexpr int kL2Bytes = 256 << 10;
 inline constexpr size_t kMaxPlainSharedBytes = 48 * 1024;  // more must be asked for
 inline constexpr size_t kMaxSharedBytes = 227 * 1024;
 inline constexpr size_t kMaxParameterBytes = 4096;

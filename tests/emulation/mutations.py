@@ -10,10 +10,16 @@ MOVE, REDUCTIONS = "csrc/cuda/move_rows.h", "csrc/cuda/reductions.h"
 SELECT = "csrc/ops/select_topk/select_topk_cuda.cu"
 THRESHOLD = "csrc/ops/select_threshold/select_threshold_cuda.cu"
 NULL = "csrc/ops/null/null_cuda.cu"
+ACCUMULATE = "csrc/ops/accumulate_scores/accumulate_scores_cuda.cu"
 LSE = "csrc/ops/attention_lse/attention_lse_cuda.cu"
 BY_TEXT = "csrc/ops/score_keys_by_text/score_keys_by_text_cuda.cu"
 BROADCAST = "csrc/ops/broadcast_indices/broadcast_indices_cuda.cu"
 EVICT = "csrc/ops/evict_slots/evict_slots_cuda.cu"
+REROTATE = "csrc/ops/rerotate_keys/rerotate_keys_cuda.cu"
+REROTATE_HEADER = "csrc/ops/rerotate_keys/rerotate_keys.h"
+DIVERSITY = "csrc/ops/key_diversity/key_diversity_cuda.cu"
+VECTORS = "csrc/cuda/vector_loads.h"
+MIX = "csrc/ops/mix_scores/mix_scores_cuda.cu"
 POOL = "csrc/ops/score_and_compact/score_and_compact_cuda.cu"
 POOL_HEADER = "csrc/ops/score_and_compact/score_and_compact.h"
 
@@ -47,6 +53,29 @@ MUTATIONS = [
             "{blockIdx.x} * (kThreads + 1)",
         ),
         ("no block for the tail", NULL, "(params.numel + kThreads - 1)", "(params.numel)"),
+    ),
+    *_of(
+        "accumulate_scores_kernel",
+        "accumulate_scores",
+        (
+            "last key left out",
+            ACCUMULATE,
+            "if (key >= params.kv_len)",
+            "if (key >= params.kv_len - 1)",
+        ),
+        ("keys behind the row", ACCUMULATE, "if (key >= params.kv_len) return;", ""),
+        (
+            "scores without gaps between heads",
+            ACCUMULATE,
+            "head * params.stride_head",
+            "head * params.kv_len",
+        ),
+        (
+            "fused multiply-add",
+            ACCUMULATE,
+            "__fadd_rn(__fmul_rn(params.decay, *score), ",
+            "__fmaf_rn(params.decay, *score, ",
+        ),
     ),
     *_of(
         "row_normalizer_kernel",
@@ -150,6 +179,7 @@ MUTATIONS = [
             ATTENTION,
             "blockIdx.y * num_kv_heads + i",
             "blockIdx.y + i",
+            "a score is of one KV head or of all",
         ),
         (
             "an entry between tiles skipped",
@@ -275,6 +305,126 @@ MUTATIONS = [
             "split < num_splits; split += 32",
             "split < min(num_splits, int64_t{1}); split += 32",
         ),
+    ),
+    *_of(
+        "sum_unit_keys_kernel",
+        "key_diversity",
+        (
+            "no barrier before sums are added",
+            DIVERSITY,
+            "shared.lens[row] = len;\n  __syncthreads();",
+            "shared.lens[row] = len;",
+        ),
+        (
+            "lanes add up at a wrong distance",
+            DIVERSITY,
+            "__shfl_xor_sync(kFullWarp, value, distance)",
+            "__shfl_xor_sync(kFullWarp, value, distance / 2)",
+        ),
+        (
+            "last sum left out",
+            DIVERSITY,
+            "i < kKeys<kLanes>; ++i) sum +=",
+            "i + 1 < kKeys<kLanes>; ++i) sum +=",
+        ),
+        (
+            "a masked key has a scale",
+            DIVERSITY,
+            "real ? unit_scale(squares) : 0.0f",
+            "unit_scale(squares)",
+        ),
+        (
+            "wrong stride of heads",
+            DIVERSITY,
+            "chunk = place.head * chunks.num_chunks + place.chunk",
+            "chunk = place.head + place.chunk",
+        ),
+        (
+            "elements behind a narrow row",
+            DIVERSITY,
+            "first_element() < params.head_dim",
+            "first_element() <= params.head_dim",
+        ),
+        ("odd elements keep the even ones' bits", VECTORS, "words[j] & 0xFFFF0000u", "words[j]"),
+        ("rows on any address", VECTORS, "address % 16 == 0 && strides", "strides"),
+    ),
+    *_of(
+        "compare_keys_kernel",
+        "key_diversity",
+        (
+            "no barrier before parts are added",
+            DIVERSITY,
+            "len = __reduce_add_sync(kFullWarp, len);\n  __syncthreads();",
+            "len = __reduce_add_sync(kFullWarp, len);",
+        ),
+        (
+            "no barrier before the mean is read",
+            DIVERSITY,
+            "__syncthreads();\n  if (place.chunk == 0 && threadIdx.x == 0)",
+            "if (place.chunk == 0 && threadIdx.x == 0)",
+        ),
+        ("chunks skipped", DIVERSITY, "i += kParts", "i += kParts + 1"),
+        (
+            "keys of the last chunk not counted",
+            DIVERSITY,
+            "i < num_chunks; i += kWarpSize",
+            "i + 1 < num_chunks; i += kWarpSize",
+        ),
+        (
+            "a masked key has a similarity",
+            DIVERSITY,
+            "place.lane() == 0 && real",
+            "place.lane() == 0 && key_index < place.end",
+        ),
+        (
+            "every group has the first heads",
+            DIVERSITY,
+            "head(first_head + blockIdx",
+            "head(blockIdx",
+        ),
+    ),
+    *_of(
+        "summarize_segments_kernel",
+        "mix_scores",
+        (
+            "segments overlap",
+            MIX,
+            "% num_segments * kSegmentKeys",
+            "% num_segments * (kSegmentKeys - 1)",
+        ),
+        (
+            "last key of a segment left out",
+            MIX,
+            "min(begin + kSegmentKeys,",
+            "min(begin + kSegmentKeys - 1,",
+        ),
+        ("wrong stride of segments", MIX, "summaries[blockIdx.x] =", "summaries[part.row] ="),
+        (
+            "excess over the own low",
+            MIX,
+            "fmaf(other_count, other.low - low, other.excess)",
+            "other.excess",
+        ),
+    ),
+    *_of(
+        "mix_scores_kernel",
+        "mix_scores",
+        (
+            "no barrier before warps are merged",
+            MIX,
+            "= summary;\n  __syncthreads();",
+            "= summary;",
+        ),
+        (
+            "lanes merge at a wrong distance",
+            MIX,
+            "summary.shuffled_down(distance)",
+            "summary.shuffled_down(distance / 2)",
+        ),
+        ("last warp left out", MIX, "warp < kThreads / kW", "warp + 1 < kThreads / kW"),
+        ("last segment left out", MIX, "i < num_segments; i", "i + 1 < num_segments; i"),
+        ("higher classes are mixed", MIX, "== kOrdinary", ">= kOrdinary"),
+        ("wrong stride of rows", MIX, "f(row * kv_len + key,", "f(key,"),
     ),
     *_of(
         "select_short_kernel",
@@ -616,6 +766,50 @@ MUTATIONS = [
             EVICT,
             "while (move < num_moves)",
             "while (move + 1 < num_moves)",
+        ),
+    ),
+    *_of(
+        "rerotate_keys_kernel",
+        "rerotate_keys",
+        ("last slot left out", REROTATE, "slot >= params.kv_len", "slot + 1 >= params.kv_len"),
+        ("empty slots turn", REROTATE_HEADER, "if (move.is_empty(axis)) return false;", ""),
+        (
+            "slots that do not move are written",
+            REROTATE_HEADER,
+            "turns |= move.distance(axis) != 0;",
+            "turns = true;",
+        ),
+        (
+            "rows of two threads",
+            REROTATE,
+            "(split + 1) / launch.splits_per_list;",
+            "(split + 1) / launch.splits_per_list + 1;",
+        ),
+        ("rows behind a short layer", REROTATE, " && slot < key.kv_len", ""),
+        ("other heads of the same list", REROTATE, "begin_head + at % launch", "at % launch"),
+        (
+            "halves for neighbors",
+            REROTATE,
+            "values[kInterleaved ? 2 * i + 1 : kPairs + i]",
+            "values[2 * i + 1]",
+        ),
+        (
+            "vectors that are not aligned",
+            REROTATE,
+            "int64_t bits = params.num_freqs * (",
+            "int64_t bits = 16 * (",
+        ),
+        (
+            "distances of the first axis",
+            REROTATE,
+            "move.distance(axis))) * kHalfTurns",
+            "move.distance(0))) * kHalfTurns",
+        ),
+        (
+            "product of 32 bits",
+            REROTATE_HEADER,
+            "static_cast<int32_t>(turns_per_position * positions >> 32)",
+            "static_cast<int32_t>((turns_per_position >> 32) * positions)",
         ),
     ),
     *_of(

@@ -175,7 +175,7 @@ MISDEEDS = {
     "misaligned_load": PLACE + r"kernels.cu:\d+: a misaligned access to 'const struct uint4' at",
     "misaligned_streaming_store": PLACE + r"store_streaming: the address 0x\w+4 is not a multiple",
     "null_pointer": PLACE + r"kernels.cu:\d+: an access through a null pointer",
-    "wild_pointer": PLACE + r"a misaligned vector access, or a wild pointer|an access to memory",
+    "wild_pointer": PLACE + r"(a misaligned vector access, or a wild pointer|an access to memory)",
     "behind_shared": PLACE + r"an access behind the end of shared memory",
     "just_behind_shared": r"block \([01], 0, 0\) has written behind its shared memory",
     "endless_recursion": PLACE + r"the thread needs more than 65536 bytes of stack",

@@ -46,6 +46,7 @@ def run(*arguments: str) -> tuple[int, str]:
         ("tests/emulation/test_emulator.py", "not mistakes and not misdeeds"),
         ("tests/emulation/test_schedules.py", "small"),
         ("tests/ops/test_every_op.py", "emulated and (not_written or any_strides)"),
+        ("tests/ops/test_refusals.py", "emulated and safe_on_cuda"),
         (
             "tests/ops",
             "emulated and (smallest or odd or group_7 or sliced or transposed or holes or batch_0 "

@@ -21,11 +21,11 @@ SIZES = {
     "several_tiles": Sizes("cpu", 2, 2, 8, 2, 37, 203, 64, num_rows=21, k=67),
     "one_row_of_many_keys": Sizes("cpu", 1, 1, 4, 2, 1, 701, 200, num_rows=1, k=300),
 }
-LARGE_TENSORS = ("query", "key", "value", "keys", "values")
+LARGE_TENSORS = ("query", "key", "value", "keys", "values", "tokens", "tensors")
 
 
 def in_dtype(arguments: Arguments, dtype: torch.dtype) -> Arguments:
-    """Return the arguments with query, key and value of that dtype."""
+    """Return the arguments with query, key, value and tokens of that dtype."""
     cast = {name: arguments[name] for name in LARGE_TENSORS if name in arguments}
     return arguments | pytree.tree_map_only(Tensor, lambda tensor: tensor.to(dtype), cast)
 
@@ -67,3 +67,9 @@ def test_long_lists(emulator: ModuleType, op: str) -> None:
     lens = (2900, 2400)
     arguments = moving_arguments("cpu", (2, 1), k=2900, lens=lens, kv_len=3000, num_layers=1)
     assert_bit_equal(emulator, op, arguments)
+
+
+@pytest.mark.parametrize("sample", ["full", "plain"])
+def test_mixing_of_long_rows(emulator: ModuleType, sample: str) -> None:
+    sizes = Sizes(batch_size=1, num_kv_heads=2, kv_len=8900)
+    assert_bit_equal(emulator, "mix_scores", make_sample("mix_scores", sample, sizes))

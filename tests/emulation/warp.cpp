@@ -159,14 +159,6 @@ float from_bits(uint32_t bits) { return std::bit_cast<float>(bits); }
 
 float from_bf16(uint16_t bits) { return from_bits(static_cast<uint32_t>(bits) << 16); }
 
-float from_fp16(uint16_t bits) {
-  const uint32_t sign = static_cast<uint32_t>(bits & 0x8000u) << 16;
-  const uint32_t magnitude = static_cast<uint32_t>(bits & 0x7FFFu) << 13;
-  const bool finite = (bits & 0x7C00u) != 0x7C00u;
-  const float value = finite ? from_bits(magnitude) * 0x1p112f : from_bits(magnitude | 0x7F800000u);
-  return from_bits(sign | std::bit_cast<uint32_t>(value));
-}
-
 // Tensor cores round toward zero (Fasi et al., Numerical behavior of NVIDIA tensor cores, 2021).
 float truncate(double x) {
   const auto nearest = static_cast<float>(x);
@@ -219,7 +211,7 @@ void complete_mma_16_bit(void* const* lanes, uint32_t) {
 }
 
 constexpr Collective kMmaBf16 = {"mma bf16", complete_mma_16_bit<from_bf16>, true};
-constexpr Collective kMmaFp16 = {"mma fp16", complete_mma_16_bit<from_fp16>, true};
+constexpr Collective kMmaFp16 = {"mma fp16", complete_mma_16_bit<fp16_to_float>, true};
 
 void mma(const Collective& kind, float* d, const uint32_t* a, const uint32_t* b) {
   MmaLane lane{d, a, b};
@@ -256,6 +248,14 @@ uint32_t reduce_unsigned(Reduction kind, uint32_t mask, uint32_t value) {
 int32_t reduce_signed(Reduction kind, uint32_t mask, int32_t value) {
   collective(kReductions<int32_t>[static_cast<int>(kind)], mask, &value);
   return value;
+}
+
+float fp16_to_float(uint16_t bits) {
+  const uint32_t sign = static_cast<uint32_t>(bits & 0x8000u) << 16;
+  const uint32_t magnitude = static_cast<uint32_t>(bits & 0x7FFFu) << 13;
+  const bool finite = (bits & 0x7C00u) != 0x7C00u;
+  const float value = finite ? from_bits(magnitude) * 0x1p112f : from_bits(magnitude | 0x7F800000u);
+  return from_bits(sign | std::bit_cast<uint32_t>(value));
 }
 
 void load_matrices(uint32_t (&registers)[4], const void* shared_row, bool transpose) {

@@ -17,6 +17,8 @@ enum class Reduction { kAdd, kMin, kMax, kAnd, kOr, kXor };
 uint32_t reduce_unsigned(Reduction kind, uint32_t mask, uint32_t value);
 int32_t reduce_signed(Reduction kind, uint32_t mask, int32_t value);
 
+float fp16_to_float(uint16_t bits);
+
 // csrc/cuda/ptx.h says what the fragments are.
 void load_matrices(uint32_t (&registers)[4], const void* shared_row, bool transpose);
 void mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);

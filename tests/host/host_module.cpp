@@ -79,6 +79,24 @@ Array<float> bfloat16_to_float(const std::string& name, const Array<uint16_t>& i
   return output;
 }
 
+Array<uint16_t> float_to_half(const std::string& name, const Array<float>& input) {
+  Array<uint16_t> output(input.size());
+  check_multiple(input.size(), lanes(name));
+  with_isa(name, [&](auto isa) {
+    SimdProbe::float_to_half<isa.value>(input.data(), output.mutable_data(), input.size());
+  });
+  return output;
+}
+
+Array<uint16_t> float_to_bfloat16(const std::string& name, const Array<float>& input) {
+  Array<uint16_t> output(input.size());
+  check_multiple(input.size(), lanes(name));
+  with_isa(name, [&](auto isa) {
+    SimdProbe::float_to_bfloat16<isa.value>(input.data(), output.mutable_data(), input.size());
+  });
+  return output;
+}
+
 Array<float> transpose(const std::string& name, const Array<float>& matrix) {
   const int size = lanes(name);
   if (matrix.ndim() != 2 || matrix.shape(0) != size || matrix.shape(1) != size) {
@@ -102,5 +120,7 @@ PYBIND11_MODULE(_kvevict_host, m) {
   m.def("exp2", &kvevict::exp2, py::arg("isa"), py::arg("input"));
   m.def("half_to_float", &kvevict::half_to_float, py::arg("isa"), py::arg("input"));
   m.def("bfloat16_to_float", &kvevict::bfloat16_to_float, py::arg("isa"), py::arg("input"));
+  m.def("float_to_half", &kvevict::float_to_half, py::arg("isa"), py::arg("input"));
+  m.def("float_to_bfloat16", &kvevict::float_to_bfloat16, py::arg("isa"), py::arg("input"));
   m.def("transpose", &kvevict::transpose, py::arg("isa"), py::arg("matrix"));
 }

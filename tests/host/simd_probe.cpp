@@ -32,6 +32,20 @@ void SimdProbe::bfloat16_to_float<kThisIsa>(const uint16_t* input, float* output
 }
 
 template <>
+void SimdProbe::float_to_half<kThisIsa>(const float* input, uint16_t* output, int64_t count) {
+  for (int64_t i = 0; i < count; i += kLanes) {
+    store_rounded<DType::kFloat16>(output, i, load<Vec>(input + i));
+  }
+}
+
+template <>
+void SimdProbe::float_to_bfloat16<kThisIsa>(const float* input, uint16_t* output, int64_t count) {
+  for (int64_t i = 0; i < count; i += kLanes) {
+    store_rounded<DType::kBFloat16>(output, i, load<Vec>(input + i));
+  }
+}
+
+template <>
 void SimdProbe::transpose<kThisIsa>(const float* input, float* output) {
   Vec rows[kLanes];
   for (int i = 0; i < kLanes; ++i) rows[i] = load<Vec>(input + i * kLanes);

@@ -21,6 +21,11 @@ struct SimdProbe {
   static void bfloat16_to_float(const uint16_t* input, float* output, int64_t count);
 
   template <Isa isa>
+  static void float_to_half(const float* input, uint16_t* output, int64_t count);
+  template <Isa isa>
+  static void float_to_bfloat16(const float* input, uint16_t* output, int64_t count);
+
+  template <Isa isa>
   static void transpose(const float* input, float* output);  // [lanes, lanes]
 };
 

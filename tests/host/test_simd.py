@@ -6,6 +6,7 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+import torch
 
 EVERY_16_BITS = np.arange(1 << 16, dtype=np.uint16)
 
@@ -72,6 +73,33 @@ def test_half_to_float(host: ModuleType, isa: str) -> None:
 def test_bfloat16_to_float(host: ModuleType, isa: str) -> None:
     expected = (EVERY_16_BITS.astype(np.uint32) << 16).view(np.float32)
     assert_same_floats(host.bfloat16_to_float(isa, EVERY_16_BITS), expected)
+
+
+def numbers_around(values: np.ndarray) -> np.ndarray:
+    """The values, the middles between neighbors, and the floats next to both; of both signs."""
+    middles = (values[1:].astype(np.float64) + values[:-1].astype(np.float64)) / 2
+    exact = np.concatenate([values, middles.astype(np.float32)])
+    around = np.concatenate([np.nextafter(exact, np.float32(side)) for side in (-np.inf, np.inf)])
+    numbers = np.concatenate([exact, around, [np.inf, np.nan, 3e38, 65519, 65520, 65536]])
+    numbers = np.concatenate([numbers, -numbers]).astype(np.float32)
+    return np.resize(numbers, len(numbers) // 16 * 16 + 16)
+
+
+def test_float_to_half(host: ModuleType, isa: str) -> None:
+    finite = EVERY_16_BITS[:0x7C00].view(np.float16).astype(np.float32)
+    numbers = numbers_around(finite)
+    with np.errstate(over="ignore"):
+        expected = numbers.astype(np.float16)
+    actual = host.float_to_half(isa, numbers).view(np.float16)
+    assert_same_floats(actual.astype(np.float32), expected.astype(np.float32))
+
+
+def test_float_to_bfloat16(host: ModuleType, isa: str) -> None:
+    finite = (EVERY_16_BITS[:0x7F80].astype(np.uint32) << 16).view(np.float32)
+    numbers = numbers_around(finite)
+    expected = torch.from_numpy(numbers).bfloat16().float().numpy()
+    actual = host.float_to_bfloat16(isa, numbers).astype(np.uint32) << 16
+    assert_same_floats(actual.view(np.float32), expected)
 
 
 def test_an_instruction_set_that_is_not_there_is_refused(host: ModuleType) -> None:

@@ -8,14 +8,16 @@ import pytest
 import torch
 
 from tests.support import shapes
-from tests.support.backends import Backend
+from tests.support.backends import CPU, Backend
 from tests.support.checks import assert_matches_oracle, assert_same_bytes
 from tests.support.scoring import (
     assert_padding_is_ignored,
     attention_arguments,
     every_extreme,
+    every_huge,
     every_padded_shape,
     extreme_inputs,
+    huge_inputs,
     shapes_and_dtypes,
 )
 from tests.support.shapes import Shape
@@ -69,6 +71,14 @@ def test_padding_may_hold_anything(backend: Backend, shape: Shape) -> None:
 def test_extreme(backend: Backend, extreme: str) -> None:
     arguments = extreme_inputs(backend.device)[extreme]
     assert_matches_oracle(backend, OP, arguments, extreme=True)
+
+
+@pytest.mark.every_isa
+@every_huge
+def test_huge_logits(huge: str) -> None:
+    """A row has a finite log-sum-exp wherever its logits are."""
+    arguments = huge_inputs("cpu")[huge]
+    assert_matches_oracle(CPU, OP, arguments, extreme=True)
 
 
 def test_nan_is_not_hidden(backend: Backend) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from kvevict import ops, reference
-from tests.support.backends import OPS, Backend
+from tests.support.backends import OPS, WRITING, Backend, written_arguments
 from tests.support.checks import (
     assert_compiles,
     assert_fake_matches,
@@ -26,8 +26,6 @@ from tests.support.checks import (
 )
 from tests.support.samples import NAMES, SAMPLES, Sizes, make_sample
 
-WRITING = ("compact_kv_", "evict_slots_", "score_and_compact")
-
 every_op = pytest.mark.parametrize("op", OPS)
 every_sample = pytest.mark.parametrize(("op", "sample"), NAMES)
 
@@ -38,7 +36,7 @@ def larger(device: str) -> Sizes:
 
 
 def test_samples_cover_the_ops() -> None:
-    enums = {"HeadReduction", "Statistic"}
+    enums = {"DiversityReference", "HeadReduction", "Metric", "Statistic"}
     assert set(SAMPLES) == set(OPS) == set(reference.__all__) == set(ops.__all__) - enums
 
 
@@ -58,6 +56,11 @@ def test_signature(op: str) -> None:
         for a in schema.arguments
     ]
     assert in_schema == parameters(getattr(reference, op))
+
+
+def tensors_of(tree: Any) -> list[Tensor]:
+    """Return the tensors in a tree of arguments."""
+    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 @every_sample
@@ -130,19 +133,85 @@ def test_each_sequence_stands_alone(backend: Backend, op: str, sample: str) -> N
 @every_sample
 def test_inputs_are_not_written(backend: Backend, op: str, sample: str) -> None:
     arguments = make_sample(op, sample, Sizes(backend.device))
-    written = ("keys", "values", "key", "value") if op in WRITING else ()
     before = clone(arguments)
     backend.op(op)(**arguments)
-    for name in set(arguments) - set(written):
+    for name in set(arguments) - set(written_arguments(op)):
         assert_same_bytes(arguments[name], before[name], name)
+
+
+def last_written(op: str, arguments: dict[str, Any]) -> Tensor:
+    """Return one of the tensors that a call writes."""
+    written = arguments[written_arguments(op)[-1]]
+    return written[-1] if isinstance(written, list) else written
+
+
+def with_last_written(op: str, arguments: dict[str, Any], tensor: Tensor) -> dict[str, Any]:
+    """Return a call that writes that tensor instead of `last_written`."""
+    name = written_arguments(op)[-1]
+    written = arguments[name]
+    changed = [*written[:-1], tensor] if isinstance(written, list) else tensor
+    return {**arguments, name: changed}
+
+
+@pytest.mark.parametrize("op", WRITING)
+def test_writing_is_known_to_autograd(backend: Backend, op: str) -> None:
+    """A backward through what was saved of a cache fails if the cache was written meanwhile."""
+    arguments = make_sample(op, "full", Sizes(backend.device))
+
+    def versions() -> dict[str, list[int]]:
+        return {name: [t._version for t in tensors_of(value)] for name, value in arguments.items()}
+
+    before = versions()
+    weight = torch.ones((), device=backend.device, requires_grad=True)
+    loss = (weight * last_written(op, arguments)).sum()
+    backend.op(op)(**arguments)
+    for name, after in versions().items():
+        raised = int(name in written_arguments(op))
+        assert after == [version + raised for version in before[name]], name
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("op", WRITING)
+def test_what_requires_grad_is_not_written(backend: Backend, op: str) -> None:
+    arguments = make_sample(op, "full", Sizes(backend.device))
+    leaf = last_written(op, arguments).clone().requires_grad_()
+    cases = {
+        "a leaf Variable that requires grad is being used in an in-place operation": leaf,
+        "in-place operation that has no derivative": leaf * 1,
+        "in-place operation that has no derivative.": leaf[:],
+    }
+    for words, tensor in cases.items():
+        call = with_last_written(op, arguments, tensor)
+        before = clone(call)
+        with pytest.raises(RuntimeError, match=f"kvevict::{op}: .*{words}"):
+            backend.op(op)(**call)
+        assert_same_bytes(call, before)
+    with torch.no_grad():
+        backend.op(op)(**with_last_written(op, arguments, leaf))
+    assert leaf._version == 1
+
+
+@pytest.mark.parametrize("op", WRITING)
+def test_inference_tensors(backend: Backend, op: str) -> None:
+    """As elsewhere in torch, they can be written only in inference mode."""
+    arguments = make_sample(op, "full", Sizes(backend.device))
+    with torch.inference_mode():
+        call = with_last_written(op, arguments, last_written(op, arguments).clone())
+        backend.op(op)(**call)
+    with pytest.raises(RuntimeError, match="Inplace update to inference tensor outside"):
+        backend.op(op)(**call)
 
 
 @every_op
 def test_small_arguments_may_have_any_strides(backend: Backend, op: str) -> None:
-    """Masks, weights, lists and the like need not be contiguous; query, key and value must be."""
+    """Masks, weights, lists and the like need not be contiguous; query, key and value must be.
+
+    So must be what is written.
+    """
     arguments = make_sample(op, "full" if op != "null" else "plain", Sizes(backend.device))
     expected = outcome(backend.op(op), arguments)
-    large = ("query", "key", "value", "keys", "values")
+    large = ("query", "key", "value", "keys", "values", "tokens", *written_arguments(op))
     for name, value in arguments.items():
         if isinstance(value, Tensor) and name not in large:
             actual = outcome(backend.op(op), {**arguments, name: spread(value)})

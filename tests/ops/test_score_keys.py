@@ -10,14 +10,16 @@ import torch
 from kvevict import reference
 from kvevict.ops.enums import HeadReduction, Statistic
 from tests.support import shapes
-from tests.support.backends import Backend
+from tests.support.backends import CPU, Backend
 from tests.support.checks import assert_matches_oracle, assert_same_bytes
 from tests.support.samples import Arguments
 from tests.support.scoring import (
     assert_padding_is_ignored,
     attention_arguments,
     every_extreme,
+    every_huge,
     extreme_inputs,
+    huge_inputs,
     shapes_and_dtypes,
 )
 from tests.support.shapes import Shape, make_rows
@@ -133,6 +135,14 @@ def test_padding_may_hold_anything(backend: Backend, statistic: int, head_reduct
 def test_extreme(backend: Backend, extreme: str, statistic: int) -> None:
     arguments = extreme_inputs(backend.device)[extreme] | {"statistic": statistic}
     assert_matches_oracle(backend, OP, arguments, extreme=True)
+
+
+@pytest.mark.every_isa
+@every_huge
+def test_huge_logits(huge: str) -> None:
+    """The largest logit of a row takes all; no row is lost."""
+    arguments = huge_inputs("cpu")[huge]
+    assert_matches_oracle(CPU, OP, arguments, extreme=True)
 
 
 @pytest.mark.every_isa

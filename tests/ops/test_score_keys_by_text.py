@@ -8,15 +8,17 @@ import torch
 from kvevict import reference
 from kvevict.ops.enums import HeadReduction
 from tests.support import shapes
-from tests.support.backends import Backend
+from tests.support.backends import CPU, Backend
 from tests.support.checks import assert_matches_oracle
 from tests.support.samples import Arguments
 from tests.support.scoring import (
     assert_padding_is_ignored,
     attention_arguments,
     every_extreme,
+    every_huge,
     every_padded_shape,
     extreme_inputs,
+    huge_inputs,
     shapes_and_dtypes,
 )
 from tests.support.shapes import Shape, make_rows
@@ -89,3 +91,11 @@ def test_extreme(backend: Backend, extreme: str) -> None:
     arguments = extreme_inputs(backend.device)[extreme]
     arguments["row_index"] = make_rows(1, 20, 40, backend.device)
     assert_matches_oracle(backend, OP, arguments, extreme=True)
+
+
+@pytest.mark.every_isa
+@every_huge
+def test_huge_logits(huge: str) -> None:
+    """The largest logit of a row takes all; no row is lost."""
+    arguments = huge_inputs("cpu")[huge] | {"row_index": make_rows(1, 20, 40)}
+    assert_matches_oracle(CPU, OP, arguments, extreme=True)

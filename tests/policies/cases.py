@@ -64,6 +64,12 @@ FIELDS: dict[str, list[dict[str, Any]]] = {
         {"ratio": 0.2, "alpha": 0.6, "num_sink": 1, "max_evicted": 4},
         {"kappa": 1.2, "alpha": 1.0, "keep": 0.4},
     ],
+    "keydiff": [{"keep": 0.4}, {"keep": 7, "num_sink": 0}],
+    "mixkv": [
+        {"keep": 0.4, "window": 4},
+        {"keep": 11, "window": 3, "num_sink": 1, "host": "adakv", "pool_kernel": 1},
+        {"keep": 0.5, "window": 3, "num_sink": 1, "host": "pyramidkv", "diversity_reference": 1},
+    ],
     "prefixkv": [{"keep": 0.4}, {"keep": 9, "num_sink": 1, "num_recent": 3}],
     "pyramidkv": [
         {"keep": 0.4, "window": 4},
@@ -92,6 +98,11 @@ CASES: dict[str, tuple[str, PrefillPolicy]] = {
     for name, variants in FIELDS.items()
     for i, fields in enumerate(variants)
 }
+
+
+def settings_of(policy: Any) -> Any:
+    """Return what holds `keep` and `num_sink`: the policy, or its host."""
+    return getattr(policy, "host", policy)
 
 
 def make_prompt(*rows: str) -> Prompt:

@@ -413,6 +413,55 @@ def tgv_kv(policy: Any, s: Sequence) -> Kept:
     return kept
 
 
+def keydiff(policy: Any, s: Sequence) -> Kept:
+    budget = tokens_of(policy.keep, s.length)
+    forced = set(range(min(policy.num_sink, budget)))
+    return [[choose(s.length, forced, -row, budget) for row in mean_cosines(key)] for key in s.keys]
+
+
+def mean_cosines(key: Tensor) -> Tensor:
+    """Return the mean cosine of every key to all keys [num_kv_heads, length]."""
+    unit = key.double() / key.double().norm(dim=-1, keepdim=True).clamp(min=1e-12)
+    return (unit @ unit.mT).mean(-1)
+
+
+def mixkv(policy: Any, s: Sequence) -> Kept:
+    host = policy.host
+    forced = snap_forced(host, s)
+    others = [j for j in range(s.length) if j not in forced]
+    equal = [[tokens_of(host.keep, s.length)] * len(s.keys[0])] * s.num_layers
+    if hasattr(host, "beta"):
+        equal = [[budget] * len(s.keys[0]) for budget in pyramid_budgets(host, s)]
+    kept = []
+    for layer, budgets in enumerate(equal):
+        if hasattr(host, "floor"):
+            budgets = ada_budgets(host, s, layer)
+        attention, cosines = snap_scores(host, s, layer), mean_cosines(s.keys[layer])
+        lists = []
+        for head, budget in enumerate(budgets):
+            scores, near = attention[head].clone(), cosines[head]
+            # The mean cosine of two different keys.
+            redundancy = float((near.sum() - 1) / (s.length - 1))
+            redundancy = min(max(redundancy, 0.0), 1.0)
+            value = s.values[layer][head].double().norm(dim=-1)[others]
+            mean = scores[others].mean()
+            importance = scores[others] + to_mean(value, mean)
+            reference = importance.mean() if policy.diversity_reference == 1 else mean
+            diversity = to_mean(-near[others], reference)
+            scores[others] = redundancy * diversity + (1 - redundancy) * importance
+            lists.append(choose(s.length, forced, scores, budget))
+        kept.append(lists)
+    return kept
+
+
+def to_mean(values: Tensor, mean: Tensor) -> Tensor:
+    """Bring values to [0, 1], then to a mean."""
+    if not len(values):
+        return values
+    unit = (values - values.min()) / (values.max() - values.min() + 1e-8)
+    return unit * mean / (unit.mean() + 1e-8)
+
+
 ORACLES: dict[str, Callable[[Any, Sequence], Kept]] = {
     "adakv": adakv,
     "chunkkv": chunkkv,
@@ -421,6 +470,8 @@ ORACLES: dict[str, Callable[[Any, Sequence], Kept]] = {
     "flashcache": flashcache,
     "h2o": h2o,
     "hae": hae,
+    "keydiff": keydiff,
+    "mixkv": mixkv,
     "prefixkv": prefixkv,
     "pyramidkv": pyramidkv,
     "random": random,
@@ -434,6 +485,7 @@ ORACLES: dict[str, Callable[[Any, Sequence], Kept]] = {
 
 def keep_by_oracle(name: str, policy: Any, s: Sequence) -> Kept:
     """Return what a policy keeps of a sequence; all of it where that fits into `keep`."""
-    if policy.keep is not None and tokens_of(policy.keep, s.length) >= s.length:
+    keep = getattr(policy, "host", policy).keep
+    if keep is not None and tokens_of(keep, s.length) >= s.length:
         return [[list(range(s.length))]] * s.num_layers
     return ORACLES[name](policy, s)

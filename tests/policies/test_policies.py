@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import kvevict
 from kvevict import policies, reference
 from kvevict.ops.enums import HeadReduction
-from kvevict.policies import TGVKV, LayerScores, SnapKV, get
+from kvevict.policies import TGVKV, LayerScores, MixKV, SnapKV, get
 from kvevict.policies.snapkv import pool_scores
 from tests.policies.cases import PROMPTS, kept_lists, make_layers, make_prompt, observe_all
 
@@ -132,6 +132,42 @@ def test_a_query_of_new_rows_only() -> None:
 # SnapKV
 
 
+def test_priority_of_padded_sequences() -> None:
+    key_mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0, 0]]).bool()
+    preferred = torch.tensor([[1, 0, 0, 1, 1, 0, 0], [0, 1, 0, 0, 0, 1, 0]]).bool()
+    priority = kvevict.build_priority(key_mask, num_sink=1, num_recent=2, preferred=preferred)
+    assert priority.tolist() == [[0, 0, 3, 2, 2, 3, 3], [3, 2, 3, 3, 0, 0, 0]]
+
+
+def test_priority_with_counts_per_sequence() -> None:
+    key_mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0, 0], [1] * 7]).bool()
+    sinks, recents = [0, 1, 3], [2, 9, 0]
+    actual = kvevict.build_priority(
+        key_mask, num_sink=torch.tensor(sinks), num_recent=torch.tensor(recents)
+    )
+    for b, (num_sink, num_recent) in enumerate(zip(sinks, recents, strict=True)):
+        expected = kvevict.build_priority(
+            key_mask[b : b + 1], num_sink=num_sink, num_recent=num_recent
+        )
+        assert torch.equal(actual[b : b + 1], expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"num_sink": -1}, "num_sink must be at least 0, got -1"),
+        ({"num_recent": torch.ones(3)}, r"num_recent must have shape \(2,\), got \(3,\)"),
+        ({"num_sink": torch.ones(2, 1)}, r"num_sink must have shape \(2,\), got \(2, 1\)"),
+        ({"preferred": torch.ones(7)}, r"preferred must have shape \(2, 7\), got \(7,\)"),
+        ({"key_mask": torch.ones(2, 7)}, "key_mask must be bool of rank 2, got torch.float32"),
+    ],
+)
+def test_priority_refusals(options: dict[str, Any], words: str) -> None:
+    key_mask = torch.ones(2, 7, dtype=torch.bool)
+    with pytest.raises(ValueError, match=f"kvevict.build_priority: {words}"):
+        kvevict.build_priority(**{"key_mask": key_mask, **options})
+
+
 def test_snapkv_equals_the_fused_op() -> None:
     prompt = make_prompt("t" * 70)
     layers = make_layers(prompt, num_layers=1)
@@ -222,6 +258,10 @@ def test_a_forced_sink_survives_a_window_that_ignores_it() -> None:
         (lambda: get("dbudgetkv", tolerance=2), r"tolerance must be in \[0, 1\]"),
         (lambda: get("flashcache", keep=0.1, cutoff=-0.1), r"cutoff must be in \[0, 1\]"),
         (lambda: get("h2o", keep=0.1, recent_share=True), "recent_share must be in"),
+        (lambda: get("mixkv", host="h2o", keep=0.1), "host of mixkv must be one of"),
+        (lambda: get("mixkv", keep=0.1, window=0), "SnapKV: window must be an int"),
+        (lambda: MixKV(get("chunkkv", keep=0.1)), "MixKV: host must be SnapKV, PyramidKV or AdaKV"),  # type: ignore[arg-type]
+        (lambda: MixKV(get("tova", keep=0.1)), "MixKV: host must be SnapKV, PyramidKV or AdaKV"),  # type: ignore[arg-type]
         (lambda: get("prefixkv", keep=0.1, num_recent=0.5), "num_recent must be an int"),
         (lambda: get("pyramidkv", keep=0.1, beta=0), "beta must be an int of at least 1"),
         (lambda: get("pyramidkv", keep=0.1, accounting="x"), "'original' or 'kvpress'"),

@@ -20,6 +20,7 @@ from tests.policies.cases import (
     make_layers,
     make_prompt,
     one_sequence,
+    settings_of,
 )
 
 LONG_ROW = "t" * 12 + "i" * 120 + "t" * 9 + "i" * 60 + "t" * 29
@@ -86,7 +87,7 @@ def test_a_batch_is_a_loop_over_its_sequences(case: str, change: str) -> None:
                 for kept in ours:
                     assert kept == sorted(set(kept))
                     assert 0 <= kept[0] <= kept[-1] < len(row) - row.count(".")
-                    num_sink = min(policy.num_sink, len(kept) // 2)
+                    num_sink = min(settings_of(policy).num_sink, len(kept) // 2)
                     assert kept[:num_sink] == list(range(num_sink))
 
 
@@ -198,7 +199,8 @@ def test_a_query_of_new_rows_only(case: str) -> None:
     row = "ttiiiiii..tttttt"
     prompt = replace(make_prompt(row), qo_len=6, total_lens=torch.tensor([30]))
     selections = evict(policy, prompt, make_layers(prompt, qo_len=6))
-    if policy.keep is not None and int(policy.keep_tokens(prompt)) >= 14:
+    settings = settings_of(policy)
+    if settings.keep is not None and int(settings.keep_tokens(prompt)) >= 14:
         assert selections is None
         return
     for selection in selections:

@@ -125,6 +125,28 @@ def test_snapkv() -> None:
     assert kept_lists(selections[0]) == [[[1, 2, 3, 6, 7]]]
 
 
+@pytest.mark.parametrize("name", ["snapkv", "pyramidkv", "adakv"])
+def test_mixkv(name: str) -> None:
+    """With one layer of one KV head all hosts have the same budgets."""
+    policy = policies.get("mixkv", host=name, keep=5, num_sink=0, window=2, pool_kernel=3)
+    prompt = make_prompt("tttttttt")
+    example = window_example()
+    tensors = (example["queries"][0], example["keys"][0], example["values"][0])
+    layer: Any = policy.observe(
+        *tensors, prompt, policy.row_index(prompt), sm_scale=example["sm_scale"]
+    )
+    assert layer.similarity[0, 0, :6].tolist() == pytest.approx([0.79, 0.82, 0.79, 0.5, 0.22, 0.65])
+    assert float(layer.redundancy) == pytest.approx(0.62571, abs=5e-6)
+    _, _, selections = policies.evict_prompt(policy, prompt=prompt, **example)
+    assert selections is not None
+    assert kept_lists(selections[0]) == [[[3, 4, 5, 6, 7]]]
+    for keep, kept in ((3, [4, 6, 7]), (4, [4, 5, 6, 7]), (6, [2, 3, 4, 5, 6, 7])):
+        fewer = policies.get("mixkv", host=name, keep=keep, num_sink=0, window=2, pool_kernel=3)
+        _, _, selections = policies.evict_prompt(fewer, prompt=prompt, **example)
+        assert selections is not None
+        assert kept_lists(selections[0]) == [[kept]]
+
+
 def test_adakv_original_floor_drifts() -> None:
     """Five tokens for each of two heads, window 2: nine of ten places are used."""
     scores = torch.tensor([[[9.0, 8, 7, 6, 0, 0, 1, 1], [5, 4, 0, 0, 0, 0, 1, 1]]])

@@ -1,4 +1,7 @@
-"""Methods worked out by hand: TGV-KV (arXiv 2606.03075), SnapKV (2404.14469), HAE (2602.02197)."""
+"""Methods worked out by hand: TGV-KV, SnapKV, HAE, MixKV, LightKV.
+
+They are arXiv 2606.03075, 2404.14469, 2602.02197, 2510.20707, 2605.00789.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,9 @@ from torch import Tensor
 
 from kvevict import reference
 from kvevict.ops.enums import HeadReduction, Statistic
+from kvevict.reference.mix_scores import scale_to
 from kvevict.reference.score_and_compact import pool_scores
+from tests.support.merging import assert_light_kv_merge, light_kv_example
 from tests.support.worked_examples import (
     HAE_ATTENTION,
     HAE_CANDIDATES,
@@ -69,24 +74,27 @@ def test_tgv_keeps_sinks_then_text_then_vision(layer: int, budget: int, kept: li
     assert kept_indices[0, 0].tolist() == kept
 
 
+# MixKV and SnapKV: 8 tokens, the last two are the window, its queries of two heads share a KV head.
+WINDOW_QUERY = torch.tensor([[[[1.0, 2], [2, 0]], [[0, 1], [1, 1]]]])
+KEY = torch.tensor([[3.0, 4], [4, 3], [3, 4], [0, 5], [4, -3], [5, 0], [3, 4], [4, 3]])
+KEY = (KEY / 5).view(1, 1, 8, 2)
+VALUE = torch.tensor([[1.0, 0], [2, 0], [0, 3], [1, 0], [0, 2], [4, 0], [1, 1], [1, 1]])
+PRIORITY = torch.tensor([[1, 1, 1, 1, 1, 1, 2, 2]], dtype=torch.uint8)
+POOLED = [0.10055, 0.15129, 0.14319, 0.11827, 0.10723, 0.06459]
+
+
 def test_snapkv() -> None:
-    # The queries of the window (the last two tokens), two heads that share one KV head.
-    query = torch.tensor([[[[1.0, 2], [2, 0]], [[0, 1], [1, 1]]]])
-    key = torch.tensor([[3.0, 4], [4, 3], [3, 4], [0, 5], [4, -3], [5, 0], [3, 4], [4, 3]])
-    key = (key / 5).view(1, 1, 8, 2)
-    priority = torch.tensor([[1, 1, 1, 1, 1, 1, 2, 2]], dtype=torch.uint8)
     kept_indices, kept_lens, scores = reference.score_and_compact(
-        query,
-        key,
-        key.clone(),
+        WINDOW_QUERY,
+        KEY.clone(),
+        KEY.clone(),
         5,
         row_weight=torch.full((1, 2), 0.5),
-        priority=priority,
+        priority=PRIORITY,
         pool_kernel=3,
     )
-    pooled = pool_scores(scores, priority[:, None], 3)[0, 0, :6]
-    expected = [0.10055, 0.15129, 0.14319, 0.11827, 0.10723, 0.06459]
-    assert pooled.tolist() == pytest.approx(expected, abs=5e-6)
+    pooled = pool_scores(scores, PRIORITY[:, None], 3)[0, 0, :6]
+    assert pooled.tolist() == pytest.approx(POOLED, abs=5e-6)
     assert kept_indices.tolist() == [[[1, 2, 3, 6, 7]]]
     assert kept_lens.tolist() == [[5]]
 
@@ -118,3 +126,43 @@ def test_hae_decisions(
         max_evicted=max_evicted,
     )
     assert kept_indices[0, 0, : int(kept_lens)].tolist() == kept
+
+
+def test_mixkv() -> None:
+    similarity, redundancy = reference.key_diversity(KEY)
+    assert similarity[0, 0, :6].tolist() == pytest.approx([0.79, 0.82, 0.79, 0.50, 0.22, 0.65])
+    assert float(redundancy) == pytest.approx(0.62571, abs=5e-6)
+
+    votes = torch.full((1, 2), 0.5)
+    scores = reference.score_keys(WINDOW_QUERY, KEY, row_weight=votes)
+    pooled = pool_scores(scores, PRIORITY[:, None], 3)
+    value_norm = VALUE.norm(dim=-1).view(1, 1, 8)
+    mean = pooled[0, 0, :6].mean()
+    diversity = scale_to(mean, -similarity[0, 0, :6])
+    value = scale_to(mean, value_norm[0, 0, :6].double())
+    expected = [0.01787, 0, 0.01787, 0.19064, 0.35745, 0.10128]
+    assert diversity.tolist() == pytest.approx(expected, abs=5e-6)
+    assert value.tolist() == pytest.approx([0, 0.09787, 0.19575, 0, 0.09787, 0.29362], abs=5e-6)
+
+    mixed = reference.mix_scores(pooled, similarity, value_norm, redundancy, priority=PRIORITY)
+    expected = [0.04882, 0.09326, 0.13804, 0.16355, 0.30043, 0.19744]
+    assert mixed[0, 0, :6].tolist() == pytest.approx(expected, abs=5e-6)
+    assert torch.equal(mixed[..., 6:], pooled[..., 6:])
+    kept_indices, _ = reference.select_topk(mixed, 5, priority=PRIORITY)
+    assert kept_indices.tolist() == [[[3, 4, 5, 6, 7]]]
+
+
+def test_light_kv_merges_half_of_the_sources() -> None:
+    lists, guidance = light_kv_example("cpu")
+    match_index, similarity = reference.match_tokens(**lists)
+    assert match_index.flatten().tolist() == [2, 6, 2, 6]
+    expected = [0.89443, 1.0, 0.98995, 0.70711]
+    assert similarity.flatten().tolist() == pytest.approx(expected, abs=5e-6)
+    kept, _ = reference.select_topk(similarity.float(), 2)
+    assert lists["source_index"].gather(2, kept.long()).tolist() == [[[3, 5]]]
+    chosen = torch.full_like(match_index, -1).scatter(
+        2, kept.long(), match_index.gather(2, kept.long())
+    )
+    tokens = lists["tokens"]
+    reference.merge_tokens_([tokens], lists["source_index"], chosen, guidance)
+    assert_light_kv_merge(tokens)

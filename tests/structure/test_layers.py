@@ -78,8 +78,8 @@ def is_std(name: str) -> bool:
 
 # What kvevict/ops may take from torch: types, fake tensors and the ops themselves; no computing.
 OPS_TORCH = re.compile(
-    r"torch\.(ops(\.kvevict(\.\w+)?)?|library(\.register_fake)?|empty(_like)?|SymInt|Tensor|Size"
-    r"|dtype|device|contiguous_format|bool|u?int\d+|b?float\d+)"
+    r"torch\.(ops(\.kvevict(\.\w+)?)?|library(\.register_fake)?|empty(_like)?|Sym(Int|Bool)|Tensor"
+    r"|Size|_check_value|dtype|device|contiguous_format|bool|u?int\d+|b?float\d+)"
 )
 OPS_STD = ("__future__", "typing", "collections.abc", "enum", "math")
 

@@ -52,6 +52,20 @@ def test_an_op_is_everywhere(op: str) -> None:
     assert missing(op, files(), read("CMakeLists.txt"), read("README.md")) == []
 
 
+def test_every_list_of_ops_is_named_in_the_readme() -> None:
+    """Files that name the template op, other than its own and those of tests."""
+    own = {place.format(op="null") for place in PLACES}
+    lists = {
+        path
+        for path in files()
+        if path.startswith(("kvevict/", "tests/")) and path.endswith(".py") and path not in own
+        if "/test_" not in path and re.search(r'"null(_kernel)?"', read(path))
+    }
+    _, section = read("README.md").split("## Adding an op")
+    assert {path for path in lists if f"`{path}`" not in section} == set()
+    assert len(lists) >= 6
+
+
 def test_nothing_belongs_to_no_op() -> None:
     assert strays(ops(), files(), read("CMakeLists.txt")) == []
 
@@ -65,7 +79,7 @@ def test_the_registered_ops_are_the_folders() -> None:
     names = {n.removeprefix("kvevict::") for n in registered if n.startswith("kvevict::")}
     assert sorted(name.removesuffix("_") for name in names) == ops()
     assert names == set(OPS) == set(reference.__all__)
-    assert names == set(kvevict.ops.__all__) - {"HeadReduction", "Statistic"}
+    assert names == {name for name in kvevict.ops.__all__ if name.islower()}
 
 
 def test_a_missing_or_stray_file_is_found() -> None:

@@ -14,17 +14,32 @@ from tests.emulation.library import load_ops
 
 OPS = (
     "null",
+    "accumulate_scores_",
     "attention_lse",
     "score_keys",
     "score_keys_by_text",
+    "key_diversity",
+    "mix_scores",
     "select_threshold",
     "select_topk",
     "broadcast_indices",
     "gather_kv",
     "compact_kv_",
     "evict_slots_",
+    "rerotate_keys_",
+    "match_tokens",
+    "merge_tokens_",
     "score_and_compact",
 )
+
+
+def written_arguments(op: str) -> tuple[str, ...]:
+    """Return the names of the arguments that an op writes."""
+    arguments = getattr(torch.ops.kvevict, op).default._schema.arguments
+    return tuple(a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write)
+
+
+WRITING = tuple(op for op in OPS if written_arguments(op))
 
 
 @dataclass(frozen=True)

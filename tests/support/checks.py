@@ -59,7 +59,7 @@ def to_cpu(tree: Any) -> Any:
 
 
 def assert_matches_oracle(
-    backend: Backend, op: str, arguments: Arguments, *, extreme: bool = False
+    backend: Backend, op: str, arguments: Arguments, *, extreme: bool = False, terms: float = 0.0
 ) -> Any:
     """Call an op that writes no argument, compare with its oracle, return what it returned."""
     actual = backend.op(op)(**arguments)
@@ -69,7 +69,7 @@ def assert_matches_oracle(
     if extreme:
         plain = pytree.tree_leaves(in_input_precision(oracle, **on_cpu))
     for a, e, p in zip(pytree.tree_leaves(actual), expected, plain, strict=True):
-        assert_scores_close(a, e, p)
+        assert_scores_close(a, e, p, terms=terms)
     return actual
 
 
@@ -85,18 +85,22 @@ def num_threads(count: int) -> Iterator[None]:
 
 
 def outcome(function: Callable[..., Any], arguments: Arguments) -> tuple[Any, list[Tensor]]:
-    """Call on a copy of the arguments; return the results and the caches that were written.
+    """Call on a copy of the arguments; return the results and the tensors that were written.
 
     What lies behind the live rows of a cache is unspecified: here it is 0.
     """
     arguments = clone(arguments)
     result = function(**arguments)
+    if "tensors" in arguments:
+        return result, arguments["tensors"]
     if "budget" in arguments:
         caches = [arguments["key"], arguments["value"]]
-    elif result is None:
+    elif result is not None:
+        return result, []
+    elif "keys" in arguments and "values" in arguments:
         caches = [*arguments["keys"], *arguments["values"]]
     else:
-        return result, []
+        return result, [arguments["scores"]] if "scores" in arguments else arguments["keys"]
     sizes = len(caches) // 2, caches[0].shape[1]
     if "slots" in arguments:
         slots, lens = expand_slots(arguments["slots"], arguments["kv_lens"], *sizes)
@@ -112,10 +116,13 @@ def outcome(function: Callable[..., Any], arguments: Arguments) -> tuple[Any, li
 
 
 def batch_dim(argument: str, tensor: Tensor) -> int:
-    """Return which dimension of an argument is the batch: lists may have the layers before it."""
+    """Return which dimension of an argument is the batch: lists may have the layers before it.
+
+    Positions by sequence have no axes in front here.
+    """
     behind = {"kept_indices": 3, "kept_lens": 2, "base_indices": 3, "block_tables": 2}
-    behind |= {"slots": 3, "kv_lens": 2}
-    return tensor.dim() - behind[argument] if argument in behind else 0
+    behind |= {"slots": 3, "kv_lens": 2, "old_positions": 3, "new_positions": 3}
+    return max(tensor.dim() - behind[argument], 0) if argument in behind else 0
 
 
 def take_sequence(arguments: Arguments, b: int) -> Arguments:
@@ -124,7 +131,7 @@ def take_sequence(arguments: Arguments, b: int) -> Arguments:
     def take(argument: str, value: Any) -> Any:
         if isinstance(value, list):
             return [take(argument, tensor) for tensor in value]
-        if not isinstance(value, Tensor):
+        if not isinstance(value, Tensor) or argument in ("inv_freq", "axis_of_freq"):
             return value
         return value.narrow(batch_dim(argument, value), b, 1)
 

@@ -104,6 +104,9 @@ def _cases() -> dict[str, Callable[[str], Arguments]]:
     narrow = {"dtype": torch.uint8, "head_dim": 8, "value_dim": 24, "layout": "sliced"}
     calls["rows_less_aligned_than_strides"] = narrow
     calls["batch_0"] = {"batch_size": 0, "outer": (0, 3)}
+    for layout in LAYOUTS:  # more bytes than the CPU writes through its caches
+        sizes = {"kv_len": 150, "head_dim": 128, "k": 110, "lens": (110, 41, 1, 0)}
+        calls[f"large-{layout}"] = {**sizes, "dtype": torch.float16, "layout": layout}
 
     def maker(call: dict[str, object]) -> Callable[[str], Arguments]:
         return lambda device: moving_arguments(device, **call)  # type: ignore[arg-type]

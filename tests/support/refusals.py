@@ -25,7 +25,8 @@ SIZES = Sizes()
 class Refusal:
     """One bad call: a good one of `op` with `argument` replaced by `change` of itself.
 
-    blamed: the argument that the message names. reads_data: only the CPU must notice.
+    blamed: the argument that the message names. reads_data: only the CPU must notice, or CUDA with
+    KVEVICT_DEBUG=1.
     """
 
     op: str
@@ -129,17 +130,34 @@ def _tensor(op: str, argument: str, wrong_dtype: torch.dtype, **cases: Change) -
     yield from _rows(op, argument, common | cases)
 
 
+# What a query or key refuses that comes first.
+SCORABLE: dict[str, Change] = {
+    "rank": drop(0),
+    "float64": cast(torch.float64),
+    "int32": cast(torch.int32),
+    "strided": spread,
+    "head_dim_12": lambda rows: rows[..., :12],
+    "head_dim_264": lambda rows: rows.new_zeros(*rows.shape[:3], 264),
+}
+
+
+SCORES: dict[str, Change] = {
+    "rank": drop(0),
+    "float16": cast(torch.float16),
+    "float64": cast(torch.float64),
+}
+
+
+def _key_mask(op: str) -> Iterator[Refusal]:
+    yield from _tensor(op, "key_mask", torch.uint8, batch_size=shorten(0), kv_len=shorten(1))
+
+
 def _query_and_key(op: str) -> Iterator[Refusal]:
     yield from _rows(
         op,
         "query",
         {
-            "rank": drop(0),
-            "float64": cast(torch.float64),
-            "int32": cast(torch.int32),
-            "strided": spread,
-            "head_dim_12": lambda query: query[..., :12],
-            "head_dim_264": lambda query: query.new_zeros(*query.shape[:3], 264),
+            **SCORABLE,
             "heads": shorten(1),
             "longer_than_key": lengthen(2, 3),
         },
@@ -156,7 +174,7 @@ def _query_and_key(op: str) -> Iterator[Refusal]:
             "head_dim": shorten(3),
         },
     )
-    yield from _tensor(op, "key_mask", torch.uint8, batch_size=shorten(0), kv_len=shorten(1))
+    yield from _key_mask(op)
     yield from _rows(op, "sm_scale", {"nan": to(float("nan")), "inf": to(float("inf"))})
 
 
@@ -285,6 +303,23 @@ def _null() -> Iterator[Refusal]:
     yield from _rows("null", "input", {"float64": cast(torch.float64), "int32": cast(torch.int32)})
 
 
+def _accumulate_scores() -> Iterator[Refusal]:
+    op = "accumulate_scores_"
+    yield from _query_and_key(op)
+    yield from _weights(op)
+    yield from _tensor(
+        op,
+        "scores",
+        torch.float64,
+        strided=spread,
+        batch_size=shorten(0),
+        heads=shorten(1),
+        too_short=lambda scores: scores[..., : SIZES.kv_len - 1],
+    )
+    yield from _rows(op, "decay", {"nan": to(float("nan")), "inf": to(float("inf"))})
+    yield from _rows(op, "head_reduction", {"below": to(-1), "above": to(4)})
+
+
 def _attention_lse() -> Iterator[Refusal]:
     yield from _query_and_key("attention_lse")
 
@@ -303,14 +338,32 @@ def _score_keys_by_text() -> Iterator[Refusal]:
     yield from _rows_that_vote("score_keys_by_text")
 
 
+def _key_diversity() -> Iterator[Refusal]:
+    yield from _rows("key_diversity", "key", SCORABLE)
+    yield from _key_mask("key_diversity")
+
+
+def _mix_scores() -> Iterator[Refusal]:
+    op = "mix_scores"
+    yield from _rows(op, "scores", SCORES)
+    for argument in ("similarity", "value_norm"):
+        yield from _tensor(
+            op,
+            argument,
+            torch.float64,
+            batch_size=shorten(0),
+            heads=lengthen(1),
+            kv_len=shorten(2),
+        )
+    yield from _tensor(op, "redundancy", torch.float64, batch_size=shorten(0), heads=shorten(1))
+    yield from _priorities(op)
+    yield from _rows(op, "diversity_reference", {"below": to(-1), "above": to(2)})
+
+
 def _select_topk() -> Iterator[Refusal]:
     op = "select_topk"
-    yield from _rows(
-        op,
-        "scores",
-        {"rank": drop(0), "float16": cast(torch.float16), "float64": cast(torch.float64)},
-    )
-    yield from _rows(op, "k", {"negative": to(-1)})
+    yield from _rows(op, "scores", SCORES)
+    yield from _rows(op, "k", {"negative": to(-1), "huge": to(2**31), "largest": to(2**63 - 1)})
     yield from _tensor(op, "row_k", torch.int64, batch_size=shorten(0), heads=shorten(1))
     yield from _rows(
         op, "row_k", {"negative": put(-1, 0, 1), "above_k": put(SIZES.k + 1, 1, 0)}, reads_data=True
@@ -351,6 +404,19 @@ def _broadcast_indices() -> Iterator[Refusal]:
         layers=lambda base: base.repeat(SIZES.num_layers + 1, 1, 1, 1),
         batch_size=shorten(1),
         heads=lengthen(2),
+    )
+    yield from _rows(
+        op,
+        "base_indices",
+        {
+            "below": put(-2, 0, 1, 0, 5),
+            "above": put(8, 0, 0, 1, 5),  # pages for 8 positions
+            "not_ascending": put(1, 0, 1, 1, 2),
+            "repeated": put(2, 0, 0, 0, 1),
+            "none_in_the_middle": put(-1, 0, 1, 0, 3),
+            "none_in_front": put(-1, 0, 0, 1, 0),
+        },
+        reads_data=True,
     )
     yield from _tensor(op, "block_tables", torch.int64, layers=lengthen(0), batch_size=shorten(1))
     yield from _rows(op, "page_size", {"zero": to(0), "negative": to(-1), "huge": to(2**31)})
@@ -409,6 +475,110 @@ def _evict_slots() -> Iterator[Refusal]:
     yield from _rows(op, "kv_lens", {"too_few": put(3, 0, 1, 1)}, blamed="slots", reads_data=True)
 
 
+def _rerotate_keys() -> Iterator[Refusal]:
+    op = "rerotate_keys_"
+    of_the_last = {
+        "rank": drop(0),
+        "float16": cast(torch.float16),
+        "strided": spread,
+        "batch_size": shorten(0),
+        "heads": shorten(1),
+        "device": elsewhere,
+    }
+    yield from _rows(op, "keys", {case: of_last(change) for case, change in of_the_last.items()})
+    yield from _rows(
+        op,
+        "keys",
+        {
+            "none": lambda keys: keys[:0],
+            "float64": lambda keys: [key.double() for key in keys],
+        },
+        blamed=r"(len\()?keys\)?",
+    )
+    narrow = of_last(lambda key: key[..., :13])
+    yield from _rows(op, "keys", {"head_dim": narrow}, blamed="inv_freq")
+    yield from _rows(op, "keys", {"kv_len": of_last(lengthen(2))}, blamed="old_positions")
+    for argument, dim in (("old_positions", 1), ("new_positions", 2)):
+        yield from _tensor(
+            op,
+            argument,
+            torch.int64,
+            batch_size=shorten(dim),
+            heads=lambda positions: positions.repeat_interleave(3, -2),
+            kv_len=shorten(dim + 2),
+            longer=lengthen(dim + 2),
+            rank_6=lambda positions: positions[None, None],
+        )
+        yield from _rows(op, argument, {"below": put(-2, 2, 0)}, reads_data=True)
+    yield from _rows(op, "old_positions", {"no_axis": lambda positions: positions[:0]})
+    yield from _rows(op, "new_positions", {"layers": lengthen(1), "axes": shorten(0)})
+    yield from _rows(op, "axis_of_freq", {"none": to(None)}, blamed="old_positions")
+    yield from _tensor(op, "inv_freq", torch.float64, too_many=lambda freq: freq.repeat(2))
+    not_finite = {"nan": put(float("nan"), 3), "inf": put(-float("inf"), 0)}
+    yield from _rows(op, "inv_freq", not_finite, reads_data=True)
+    yield from _tensor(op, "axis_of_freq", torch.int64, num_freqs=shorten(0))
+    yield from _rows(op, "axis_of_freq", {"above": put(3, 4), "below": put(-1, 0)}, reads_data=True)
+
+
+def _token_lists(op: str, *arguments: str) -> Iterator[Refusal]:
+    for argument in arguments:
+        yield from _tensor(op, argument, torch.int64, batch_size=shorten(0), heads=lengthen(1))
+        values = {"below": put(-2, 0, 0, 0), "above": put(SIZES.kv_len, 1, 1, 2)}
+        yield from _rows(op, argument, values, reads_data=True)
+
+
+def _match_tokens() -> Iterator[Refusal]:
+    op = "match_tokens"
+    yield from _rows(
+        op,
+        "tokens",
+        {
+            "rank": drop(0),
+            "float64": cast(torch.float64),
+            "int32": cast(torch.int32),
+            "strided": spread,
+            "dim_12": lambda tokens: tokens[..., :12],
+            "dim_0": lambda tokens: tokens[..., :0],
+        },
+    )
+    yield from _token_lists(op, "source_index", "target_index")
+    for argument in ("source_group", "target_group"):
+        sizes = {"batch_size": shorten(0), "heads": shorten(1), "length": shorten(2)}
+        yield from _tensor(op, argument, torch.int64, **sizes)
+        yield from _rows(op, argument, {"missing": to(None)})
+        values = {"negative": put(-1, 0, 0, 0), "descending": put(5, 1, 1, 0)}
+        yield from _rows(op, argument, values, reads_data=True)
+    yield from _rows(op, "metric", {"below": to(-1), "above": to(2)})
+
+
+def _merge_tokens() -> Iterator[Refusal]:
+    op = "merge_tokens_"
+    tokens = {
+        "rank": drop(0),
+        "float64": cast(torch.float64),
+        "strided": spread,
+        "batch_size": shorten(0),
+        "heads": shorten(1),
+        "num_tokens": shorten(2),
+        "dim_12": lambda tensor: tensor[..., :12],
+        "device": elsewhere,
+    }
+    yield from _rows(op, "tensors", {case: of_last(change) for case, change in tokens.items()})
+    yield from _token_lists(op, "source_index", "match_index")
+    yield from _rows(op, "match_index", {"length": shorten(2)})
+    yield from _rows(op, "match_index", {"a_source": put(0, 1, 0, 0)}, reads_data=True)
+    yield from _tensor(
+        op,
+        "weight",
+        torch.float64,
+        batch_size=shorten(0),
+        heads=lengthen(1),
+        num_tokens=shorten(2),
+    )
+    values = {"nan": put(float("nan"), 0, 1, 2), "inf": put(float("inf"), 1, 0, 0)}
+    yield from _rows(op, "weight", values, reads_data=True)
+
+
 def _score_and_compact() -> Iterator[Refusal]:
     op = "score_and_compact"
     yield from _query_and_key(op)
@@ -424,7 +594,7 @@ def _score_and_compact() -> Iterator[Refusal]:
         heads=shorten(1),
         kv_len=shorten(2),
     )
-    yield from _rows(op, "budget", {"negative": to(-1)})
+    yield from _rows(op, "budget", {"negative": to(-1), "huge": to(2**31)})
     yield from _rows(op, "pool_kernel", {"even": to(2), "zero": to(0), "negative": to(-3)})
     yield from _rows(
         op,
@@ -441,15 +611,21 @@ REFUSALS: tuple[Refusal, ...] = tuple(
     row
     for rows in (
         _null,
+        _accumulate_scores,
         _attention_lse,
         _score_keys,
         _score_keys_by_text,
+        _key_diversity,
+        _mix_scores,
         _select_topk,
         _select_threshold,
         _broadcast_indices,
         _gather_kv,
         _compact_kv,
         _evict_slots,
+        _rerotate_keys,
+        _match_tokens,
+        _merge_tokens,
         _score_and_compact,
     )
     for row in rows()
@@ -457,12 +633,15 @@ REFUSALS: tuple[Refusal, ...] = tuple(
 
 
 def overlapping_arguments(op: str, device: str) -> Iterator[tuple[str, Arguments]]:
-    """Yield bad calls of an op that writes key and value: they share memory."""
-    names = ("keys", "values") if "keys" in make_good(op, device) else ("key", "value")
+    """Yield bad calls of an op that writes key and value, or a list: they share memory."""
+    ("keys", "values") if "keys" in make_good(op, device) else ("key", "value")
 
     def call(key: Tensor, value: Tensor) -> Arguments:
         arguments = make_good(op, device)
-        for name, tensor in zip(names, (key, value), strict=True):
+        if "tensors" in arguments:
+            return {**arguments, "tensors": [key, value]}
+        for names, tensor in ((("key", "keys"), key), (("value", "values"), value)):
+            name = next(name for name in names if name in arguments)
             arguments[name] = [*arguments[name][:-1], tensor] if name.endswith("s") else tensor
         return arguments
 

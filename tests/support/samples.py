@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvevict.ops.enums import HeadReduction, Statistic
+from kvevict.ops.enums import DiversityReference, HeadReduction, Metric, Statistic
 from tests.support.shapes import make_lists, make_rows, make_tensor
 
 Arguments = dict[str, Any]
@@ -66,6 +66,17 @@ class Sizes:
         size = (self.batch_size, self.num_kv_heads, self.kv_len)
         return torch.randn(size, device=self.device)
 
+    def mixed_scores(self) -> Arguments:
+        size = (self.batch_size, self.num_kv_heads, self.kv_len)
+        similarity, value_norm = torch.rand(2, *size, device=self.device)
+        redundancy = torch.rand(size[:2], device=self.device)
+        return {
+            "scores": self.scores(),
+            "similarity": similarity,
+            "value_norm": value_norm,
+            "redundancy": redundancy,
+        }
+
     def priority(self, *heads: int) -> Tensor:
         size = (self.batch_size, *heads, self.kv_len)
         return torch.randint(0, 3, size, dtype=torch.uint8, device=self.device)
@@ -89,6 +100,33 @@ class Sizes:
         """Return lists [*outer, k] of lengths k - 1, k and smaller ones."""
         k = self.k if k is None else k
         return make_lists((*outer, k), self.kv_len, (k - 1, k, k // 2, 0), device=self.device)
+
+    def positions(self, *outer: int) -> Tensor:
+        """Return positions [*outer, kv_len]; some slots are empty, many have the same."""
+        size = (*outer, self.kv_len)
+        return torch.randint(-1, 9, size, dtype=torch.int32, device=self.device)
+
+    def inv_freq(self, num_freqs: int) -> Tensor:
+        return torch.rand(num_freqs, device=self.device)
+
+    def token_lists(self, *heads: int) -> tuple[Tensor, Tensor]:
+        """Return sources and targets [batch_size, *heads, ...] without a common token, some -1."""
+        lists = []
+        for places in (slice(0, None, 2), slice(1, None, 2)):
+            positions = torch.arange(self.kv_len, dtype=torch.int32, device=self.device)[places]
+            positions = positions.expand(self.batch_size, *heads, -1).clone()
+            positions[..., positions.shape[-1] // 3] = -1
+            lists.append(positions)
+        return lists[0], lists[1]
+
+    def groups(self, lists: Tensor) -> Tensor:
+        """Return groups of neighboring places: of one, of two, of the rest."""
+        place = torch.arange(lists.shape[-1], dtype=torch.int32, device=self.device)
+        return ((place + 1) // 2).clamp(max=2).expand(lists.shape).clone()
+
+    def token_weight(self, num_heads: int) -> Tensor:
+        size = (self.batch_size, num_heads, self.kv_len)
+        return torch.rand(size, device=self.device)
 
     def attention(self) -> Arguments:
         return {"query": self.query(), "key": self.cache()}
@@ -155,6 +193,25 @@ def _voting(s: Sizes) -> Arguments:
     }
 
 
+def _accumulation(s: Sizes, num_heads: int) -> Arguments:
+    """Return scores with room for more keys than there are."""
+    scores = torch.rand(s.batch_size, num_heads, s.kv_len + 3, device=s.device)
+    return {"scores": scores, **s.attention()}
+
+
+def _rotation(s: Sizes) -> Arguments:
+    """Return keys of several axes and the pairs of channels that turn, not all of them."""
+    num_freqs = s.head_dim // 2 - 1
+    axis_of_freq = torch.arange(num_freqs, dtype=torch.int32, device=s.device) % 3
+    return {
+        "keys": s.caches()["keys"],
+        "old_positions": s.positions(3, s.batch_size, 1),
+        "new_positions": s.positions(3, s.num_layers, s.batch_size, s.num_kv_heads),
+        "inv_freq": s.inv_freq(num_freqs),
+        "axis_of_freq": axis_of_freq,
+    }
+
+
 def _compaction(s: Sizes) -> Arguments:
     return {**s.attention(), "value": s.cache(), "budget": s.k}
 
@@ -163,10 +220,58 @@ def _statistics(s: Sizes) -> Arguments:
     return {"sums": s.scores().abs(), "maxima": s.scores().abs(), "candidates": s.candidates()}
 
 
+def _matching(s: Sizes, num_heads: int) -> Arguments:
+    sources, targets = s.token_lists(num_heads)
+    return {"tokens": s.cache(), "source_index": sources, "target_index": targets}
+
+
+def _grouped_matching(s: Sizes) -> Arguments:
+    lists = _matching(s, s.num_kv_heads)
+    groups = {f"{name}_group": s.groups(lists[f"{name}_index"]) for name in ("source", "target")}
+    return {**lists, **groups}
+
+
+def _merging(s: Sizes, num_heads: int, *, of_one: bool = False) -> Arguments:
+    """Return keys, and values twice as wide; sources meet random targets, or all the last one."""
+    sources, targets = s.token_lists(num_heads)
+    place = torch.randint(targets.shape[-1], sources.shape, device=s.device)
+    if of_one:
+        place.fill_(targets.shape[-1] - 1)
+    key, value = s.cache(), s.cache()
+    return {
+        "tensors": [key, torch.cat([value, value.flip(1)], dim=-1)],
+        "source_index": sources,
+        "match_index": targets.gather(-1, place),
+        "weight": s.token_weight(num_heads),
+    }
+
+
 Maker = Callable[[Sizes], Arguments]
 
 SAMPLES: dict[str, dict[str, Maker]] = {
     "null": {"plain": lambda s: {"input": s.query()}},
+    "accumulate_scores_": {
+        "full": lambda s: {
+            **_accumulation(s, s.num_kv_heads),
+            **s.attention_options(),
+            "decay": 0.9,
+            "row_weight": torch.rand(s.batch_size, s.qo_len, device=s.device),
+            "causal": True,
+            "head_reduction": HeadReduction.GROUP_MEAN,
+        },
+        "plain": lambda s: _accumulation(s, s.num_kv_heads),
+        "weights_per_head": lambda s: {
+            **_accumulation(s, s.num_qo_heads),
+            "row_weight": torch.rand(s.batch_size, s.num_qo_heads, s.qo_len, device=s.device),
+            "causal": False,
+            "head_reduction": HeadReduction.NONE,
+        },
+        "all_heads": lambda s: {
+            **_accumulation(s, 1),
+            "decay": 0.5,
+            "head_reduction": HeadReduction.ALL_MEAN,
+        },
+    },
     "attention_lse": {
         "full": lambda s: {**s.attention(), **s.attention_options(), "causal": True},
         "plain": lambda s: s.attention(),
@@ -197,6 +302,19 @@ SAMPLES: dict[str, dict[str, Maker]] = {
     "score_keys_by_text": {
         "full": lambda s: {**s.attention(), **s.attention_options(), **s.voting_rows()},
         "plain": lambda s: {**s.attention(), "row_index": s.row_index()},
+    },
+    "key_diversity": {
+        "full": lambda s: {"key": s.cache(), "key_mask": s.key_mask()},
+        "plain": lambda s: {"key": s.cache()},
+    },
+    "mix_scores": {
+        "full": lambda s: {
+            **s.mixed_scores(),
+            "priority": s.priority(),
+            "diversity_reference": DiversityReference.IMPORTANCE,
+        },
+        "plain": lambda s: s.mixed_scores(),
+        "priority_per_head": lambda s: {**s.mixed_scores(), "priority": s.priority(s.num_kv_heads)},
     },
     "select_topk": {
         "full": lambda s: {
@@ -271,6 +389,33 @@ SAMPLES: dict[str, dict[str, Maker]] = {
             "slots": s.evictions(s.num_layers, s.batch_size, 1),
             "kv_lens": s.live_lens(1, s.batch_size, s.num_kv_heads),
         },
+    },
+    "rerotate_keys_": {
+        "full": lambda s: {**_rotation(s), "interleaved": True},
+        "axes": _rotation,
+        "plain": lambda s: {
+            "keys": s.caches()["keys"],
+            "old_positions": s.positions(s.batch_size),
+            "new_positions": s.positions(s.batch_size),
+            "inv_freq": s.inv_freq(s.head_dim // 2),
+        },
+        "per_head": lambda s: {
+            "keys": s.caches()["keys"],
+            "old_positions": s.positions(s.batch_size, s.num_kv_heads),
+            "new_positions": s.positions(1, s.batch_size, 1),
+            "inv_freq": s.inv_freq(s.head_dim // 2),
+        },
+    },
+    "match_tokens": {
+        "full": lambda s: {**_grouped_matching(s), "metric": Metric.COSINE},
+        "plain": lambda s: _matching(s, s.num_kv_heads),
+        "shared": lambda s: {**_matching(s, 1), "metric": Metric.DOT},
+    },
+    "merge_tokens_": {
+        "full": lambda s: {**_merging(s, s.num_kv_heads), "normalize": True},
+        "shared": lambda s: _merging(s, 1),
+        "into_one": lambda s: _merging(s, s.num_kv_heads, of_one=True),
+        "coefficients": lambda s: {**_merging(s, s.num_kv_heads), "normalize": False},
     },
     "score_and_compact": {
         "full": lambda s: {

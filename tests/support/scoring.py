@@ -71,5 +71,17 @@ def extreme_inputs(device: str) -> dict[str, Arguments]:
     }
 
 
+def huge_inputs(device: str) -> dict[str, Arguments]:
+    """Return inputs whose logits are so large that different ones are hundreds apart in float32."""
+    base = attention_arguments(Shape("huge", 1, 4, 2, 40, 150, 64), device)
+    query, key = base["query"], base["key"]
+    return {
+        "large": {"query": query * 1e6, "key": key * 1e6},
+        "positive": {"query": query.abs() * 1e17, "key": key.abs() * 1e17},
+        "negative": {"query": query.abs() * 1e17, "key": key.abs() * -1e17},
+    }
+
+
+every_huge = pytest.mark.parametrize("huge", tuple(huge_inputs("cpu")))
 EXTREMES = tuple(extreme_inputs("cpu"))
 every_extreme = pytest.mark.parametrize("extreme", EXTREMES)

@@ -7,7 +7,11 @@ import torch
 
 from kvevict import reference
 from tests.support.checks import assert_same_bytes
-from tests.support.tolerances import assert_scores_close, in_input_precision
+from tests.support.tolerances import (
+    assert_rotated_close,
+    assert_scores_close,
+    in_input_precision,
+)
 
 EXPECTED = torch.tensor([1.0, 1e-3, 1e-9, 0.0], dtype=torch.float64)
 
@@ -34,6 +38,13 @@ def test_rule_of_twice_the_plain_error() -> None:
     assert_scores_close(off_by(0, 1e-7), EXPECTED, EXPECTED)
     with pytest.raises(AssertionError, match="is allowed"):
         assert_scores_close(off_by(0, 2e-7), EXPECTED, EXPECTED)
+
+
+def test_rule_of_terms_that_cancel() -> None:
+    assert_scores_close(off_by(0, 1.9e-6), EXPECTED, terms=2.0)
+    for wrong, terms in ((off_by(0, 2.2e-6), 2.0), (off_by(0, 1.9e-6), 1.0)):
+        with pytest.raises(AssertionError, match="is allowed"):
+            assert_scores_close(wrong, EXPECTED, terms=terms)
 
 
 @pytest.mark.parametrize("plain", [None, EXPECTED], ids=["relative", "twice_plain"])
@@ -74,6 +85,21 @@ def test_plain_torch_runs_in_the_precision_of_the_inputs(dtype: torch.dtype) -> 
     error = float((plain.double() - exact).abs().max())
     assert 0 < error < 20 * torch.finfo(dtype).eps
     assert torch.Tensor.double(query).dtype == torch.float64  # nothing is left behind
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_rotated_keys_are_rounded_once(dtype: torch.dtype) -> None:
+    exact = torch.tensor([[1.0, 0.3, -1e-3, 0.0]], dtype=torch.float64)
+    assert_rotated_close(exact.to(dtype), exact)
+    assert_rotated_close((exact + 0.9e-6).to(dtype), exact)
+    for place in range(4):
+        wrong = exact.to(dtype)
+        step = max(float(exact[0, place].abs()) * torch.finfo(dtype).eps, 2e-6)
+        wrong[0, place] += 1.5 * step
+        with pytest.raises(AssertionError, match="is allowed"):
+            assert_rotated_close(wrong, exact)
+    with pytest.raises(AssertionError):
+        assert_rotated_close(torch.full_like(exact, torch.nan).to(dtype), exact)
 
 
 def test_same_bytes_sees_every_bit() -> None:

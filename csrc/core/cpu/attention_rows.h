@@ -1,8 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Blocks of rows of the attention matrix on the CPU, for attention_lse and the scoring ops.
 //
-// Keys are the lanes, query rows the registers: a panel of kPanel keys is packed to
-// [head_dim][kPanel] once and meets kTileRows query rows at a time. Each row keeps a running
+// Keys are the lanes, query rows the registers (see panel.h). Each row keeps a running
 // reference close to its maximum, so that exponentials leave the registers once, unnormalised, and
 // are never computed again. A row's numbers depend on nothing but the row and its keys: not on the
 // block, the thread or the batch it is computed in.
@@ -13,57 +12,11 @@
 #include <limits>
 
 #include "core/cpu/isa.h"
+#include "core/cpu/panel.h"
 #include "core/cpu/row_block.h"
-#include "core/cpu/simd.h"
 
 namespace kvevict {
 inline namespace KVEVICT_ISA {
-
-// 6 x 4 vectors of 16 lanes leave room in AVX-512's 32 registers, 6 x 2 of 8 in AVX2's 16.
-inline constexpr int kTileRows = 6;
-inline constexpr int kTileVecs = kLanes == 16 ? 4 : 2;
-inline constexpr int kPanel = kTileVecs * kLanes;
-static_assert(kPanel <= kMaxPanel && kMaxPanel % kPanel == 0);
-
-// How products are taken. An element of a packed query or key is 4 bytes.
-struct Fp32Product {
-  static constexpr int64_t kElements = 1;
-  static Vec multiply_add(Vec sum, Vec key, float query) { return key * query + sum; }
-};
-#if defined(__AVX512BF16__)
-struct Bf16Product {  // an element is a pair of neighbouring dimensions
-  static constexpr int64_t kElements = 2;
-  static Vec multiply_add(Vec sum, Vec key, float query) {
-    return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)key, (__m512bh)broadcast_bits(query));
-  }
-  static Vec broadcast_bits(float query) {
-    return (Vec)_mm512_set1_epi32(bit_cast<int32_t>(query));
-  }
-};
-#endif
-
-template <DType dtype>
-struct ProductOf {
-  using type = Fp32Product;
-  static constexpr DType kPacked = dtype;  // what packing converts from
-};
-#if defined(__AVX512BF16__)
-template <>
-struct ProductOf<DType::kBFloat16> {
-  using type = Bf16Product;
-  static constexpr DType kPacked = DType::kFloat32;  // pairs are moved as they are
-};
-#endif
-
-template <DType dtype>
-inline constexpr int64_t kElementBytes = dtype == DType::kFloat32 ? 4 : 2;
-
-template <DType dtype>
-inline const void* element_address(const HeadTensor& tensor, int64_t batch, int64_t head,
-                                   int64_t index) {
-  return static_cast<const std::byte*>(tensor.data) +
-         tensor.offset(batch, head, index) * kElementBytes<dtype>;
-}
 
 template <DType dtype>
 inline int64_t packed_depth(const AttentionParams& attention) {
@@ -73,22 +26,13 @@ inline int64_t packed_depth(const AttentionParams& attention) {
 // Queries take over the sign of sm_scale, so that larger products are larger logits.
 template <DType dtype>
 void pack_queries(const AttentionParams& attention, int64_t batch, RowBlock& block) {
-  constexpr DType kPacked = ProductOf<dtype>::kPacked;
   constexpr uint32_t kSigns = ProductOf<dtype>::type::kElements == 2 ? 0x80008000u : 0x80000000u;
   const uint32_t flip = attention.sm_scale < 0.0f ? kSigns : 0;
   const int64_t depth = packed_depth<dtype>(attention);
   for (int64_t i = 0; i < block.num_rows; ++i) {
     const AttentionRow& row = block.rows[i];
-    const void* source = element_address<dtype>(attention.query, batch, row.head, row.row);
-    float* packed = block.query + i * depth;
-    int64_t d = 0;
-    for (; d + kLanes <= depth; d += kLanes) {
-      store(packed + d, bit_cast<UintVec>(load_as_float<kPacked>(source, d)) ^ flip);
-    }
-    for (; d < depth; ++d) {
-      const float element = element_as_float<kPacked>(source, d);
-      packed[d] = bit_cast<float>(bit_cast<uint32_t>(element) ^ flip);
-    }
+    pack_row<dtype>(element_address<dtype>(attention.query, batch, row.head, row.row), 0, depth,
+                    block.query + i * depth, flip);
   }
 }
 
@@ -96,30 +40,10 @@ void pack_queries(const AttentionParams& attention, int64_t batch, RowBlock& blo
 template <DType dtype>
 void pack_panel(const AttentionParams& attention, int64_t batch, int64_t kv_head, int64_t first_key,
                 float* panel) {
-  constexpr DType kPacked = ProductOf<dtype>::kPacked;
-  const int64_t depth = packed_depth<dtype>(attention);
-  for (int64_t lane = 0; lane < kPanel; lane += kLanes) {
-    const void* keys[kLanes];
-    for (int64_t i = 0; i < kLanes; ++i) {
-      const int64_t key_index = std::min(first_key + lane + i, attention.kv_len - 1);
-      keys[i] = element_address<dtype>(attention.key, batch, kv_head, key_index);
-    }
-    if (depth < kLanes) {
-      for (int64_t d = 0; d < depth; ++d) {
-        for (int64_t i = 0; i < kLanes; ++i) {
-          panel[d * kPanel + lane + i] = element_as_float<kPacked>(keys[i], d);
-        }
-      }
-      continue;
-    }
-    for (int64_t d = 0; d < depth; d += kLanes) {
-      const int64_t start = std::min(d, depth - kLanes);  // the last step overlaps the one before
-      Vec rows[kLanes];
-      for (int i = 0; i < kLanes; ++i) rows[i] = load_as_float<kPacked>(keys[i], start);
-      transpose(rows);
-      for (int i = 0; i < kLanes; ++i) store(panel + (start + i) * kPanel + lane, rows[i]);
-    }
-  }
+  pack_panel<dtype>(0, packed_depth<dtype>(attention), panel, [&](int64_t i) {
+    return element_address<dtype>(attention.key, batch, kv_head,
+                                  std::min(first_key + i, attention.kv_len - 1));
+  });
 }
 
 // Fetches the keys of a panel into the second-level cache, a few lines at a time.
@@ -158,32 +82,12 @@ class PanelPrefetch {
   int64_t key_stride_ = 0, key_bytes_ = 0, keys_left_ = 0, offset_ = 0;
 };
 
-template <typename Product, int num_rows, typename F>
-inline void multiply_tile(const float* query, const float* panel, int64_t depth, F&& use_row) {
-  Vec sums[num_rows][kTileVecs] = {};
-  for (int64_t d = 0; d < depth; ++d) {
-    Vec keys[kTileVecs];
-#pragma GCC unroll 4
-    for (int j = 0; j < kTileVecs; ++j) keys[j] = load<Vec>(panel + d * kPanel + j * kLanes);
-#pragma GCC unroll 6
-    for (int i = 0; i < num_rows; ++i) {
-      const float element = query[i * depth + d];
-#pragma GCC unroll 4
-      for (int j = 0; j < kTileVecs; ++j) {
-        sums[i][j] = Product::multiply_add(sums[i][j], keys[j], element);
-      }
-    }
-  }
-#pragma GCC unroll 6
-  for (int i = 0; i < num_rows; ++i) use_row(i, sums[i]);
-}
-
 // Calls use_row(i, products) for every row of the block, with its products with the panel's keys.
 template <typename Product, typename F>
 inline void multiply_panel(const RowBlock& block, int64_t depth, F&& use_row) {
   int64_t first = 0;
   const auto tile = [&](auto num_rows) {
-    multiply_tile<Product, num_rows.value>(
+    multiply_tile<Product, num_rows.value, kTileVecs>(
         block.query + first * depth, block.panel, depth,
         [&](int i, Vec(&sums)[kTileVecs]) { use_row(first + i, sums); });
   };
@@ -215,7 +119,9 @@ void attend(const AttentionParams& attention, int64_t batch, int64_t kv_head,
   using Product = typename ProductOf<dtype>::type;
   constexpr float kInfinity = std::numeric_limits<float>::infinity();
   constexpr float kLog2E = 1.44269504088896341f;
-  constexpr float kUnset = -0x1p100f;
+  constexpr float kLowest = std::numeric_limits<float>::lowest();
+  // From here on logits are more than 100 apart, or equal: only the largest have a share.
+  constexpr float kCoarse = 0x1p30f;
   const float slack = softmax_lse ? kInfinity : 16.0f;
   const int64_t depth = packed_depth<dtype>(attention);
   const float scale = std::fabs(attention.sm_scale) * kLog2E;
@@ -231,7 +137,7 @@ void attend(const AttentionParams& attention, int64_t batch, int64_t kv_head,
         softmax_lse
             ? kLog2E * softmax_lse[(batch * attention.num_qo_heads + row.head) * attention.qo_len +
                                    row.row]
-            : kUnset;
+            : kLowest;
   }
 
   block.num_panels = last_key / kPanel + 1;
@@ -274,8 +180,17 @@ void attend(const AttentionParams& attention, int64_t batch, int64_t kv_head,
         sum *= exp2(broadcast(reference - raised));
         block.reference[i] = reference = raised;
       }
+      Vec exponents[kTileVecs];
+      for (int j = 0; j < kTileVecs; ++j) exponents[j] = products[j] * scale - reference;
+      if (!softmax_lse && std::fabs(reference) > kCoarse) [[unlikely]] {
+        // Fused, the difference of equals is the rounding of a product, which is huge.
+        for (int j = 0; j < kTileVecs; ++j) {
+          const Vec zero = products[j] - products[j];  // or NaN
+          exponents[j] = products[j] * scale < reference ? broadcast(-kInfinity) : zero;
+        }
+      }
       for (int j = 0; j < kTileVecs; ++j) {
-        Vec exponential = exp2(products[j] * scale - reference);
+        Vec exponential = exp2(exponents[j]);
         if (masked) exponential = visible[j] ? exponential : Vec{};
         sum += exponential;
         if constexpr (with_exponentials) {

@@ -32,6 +32,9 @@ inline void stream(char* destination, Vec v) {
 // How a row is written: kStream past the caches, kCached through them.
 enum class RowStore : bool { kCached, kStream };
 
+// Tuning. As many bytes stay in a core's cache until they are read: those are not streamed.
+inline constexpr int64_t kMaxCachedBytes = 512 << 10;
+
 // source may be at or behind destination in the same row stream; whole rows never half-overlap.
 template <RowStore row_store>
 inline void copy_row(char* destination, const char* source, int64_t row_bytes) {

@@ -7,11 +7,9 @@
 
 #include "core/arena.h"
 #include "core/attention.h"
+#include "core/cpu/panel_size.h"
 
 namespace kvevict {
-
-// The most keys that any instruction set packs at a time.
-inline constexpr int64_t kMaxPanel = 64;
 
 inline int64_t padded_kv_len(const AttentionParams& attention) {
   return (attention.kv_len + kMaxPanel - 1) / kMaxPanel * kMaxPanel;

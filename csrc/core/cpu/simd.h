@@ -11,6 +11,7 @@
 #include <immintrin.h>
 
 #include "core/dtype.h"
+#include "core/head_tensor.h"
 
 namespace kvevict {
 inline namespace KVEVICT_ISA {
@@ -27,6 +28,7 @@ typedef float Vec __attribute__((vector_size(kLanes * sizeof(float))));
 typedef int32_t IntVec __attribute__((vector_size(kLanes * sizeof(int32_t))));
 typedef uint32_t UintVec __attribute__((vector_size(kLanes * sizeof(uint32_t))));
 typedef uint16_t HalfBits __attribute__((vector_size(kLanes * sizeof(uint16_t))));
+typedef uint8_t Bytes __attribute__((vector_size(kLanes)));
 
 template <typename To, typename From>
 inline To bit_cast(const From& from) {
@@ -48,6 +50,20 @@ inline void store(T* destination, const V& v) {
   memcpy(destination, &v, sizeof(v));
 }
 
+// The first elements of a vector, count of them or all; zeros behind them.
+template <typename V, typename T>
+inline V load_up_to(const T* source, int64_t count) {
+  if (count >= kLanes) return load<V>(source);
+  V v = {};
+  memcpy(&v, source, count * sizeof(T));
+  return v;
+}
+template <typename V, typename T>
+inline void store_up_to(T* destination, int64_t count, const V& v) {
+  if (count >= kLanes) return store(destination, v);
+  memcpy(destination, &v, count * sizeof(T));
+}
+
 inline Vec broadcast(float x) { return x - Vec{}; }
 inline IntVec broadcast(int32_t x) { return x - IntVec{}; }
 inline UintVec broadcast(uint32_t x) { return x - UintVec{}; }
@@ -56,6 +72,11 @@ inline IntVec lane_indices() {
   IntVec v;
   for (int i = 0; i < kLanes; ++i) v[i] = i;
   return v;
+}
+
+// Whether a lane is one of the first `count`.
+inline IntVec first_lanes(int64_t count) {
+  return lane_indices() < static_cast<int32_t>(count < kLanes ? count : kLanes);
 }
 
 inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
@@ -117,6 +138,13 @@ inline Vec exp2(Vec t) {
 #endif
 }
 
+template <DType dtype>
+inline const void* element_address(const HeadTensor& tensor, int64_t batch, int64_t head,
+                                   int64_t index) {
+  return static_cast<const char*>(tensor.data) +
+         tensor.offset(batch, head, index) * kElementBytes<dtype>;
+}
+
 // kLanes elements of a tensor as floats.
 template <DType dtype>
 inline Vec load_as_float(const void* source, int64_t index) {
@@ -124,6 +152,11 @@ inline Vec load_as_float(const void* source, int64_t index) {
     return load<Vec>(static_cast<const float*>(source) + index);
   } else {
     const auto half = load<HalfBits>(static_cast<const uint16_t*>(source) + index);
+#if defined(__AVX512F__)
+    if constexpr (dtype == DType::kFloat16) return (Vec)_mm512_cvtph_ps((__m256i)half);
+#elif defined(__F16C__)
+    if constexpr (dtype == DType::kFloat16) return (Vec)_mm256_cvtph_ps((__m128i)half);
+#endif
     const auto bits = __builtin_convertvector(half, UintVec);
     if constexpr (dtype == DType::kBFloat16) {
       return bit_cast<Vec>(bits << 16);
@@ -133,6 +166,42 @@ inline Vec load_as_float(const void* source, int64_t index) {
       const UintVec special = (bits & 0x7C00u) == 0x7C00u ? broadcast(0x7F800000u) : UintVec{};
       return bit_cast<Vec>(bit_cast<UintVec>(scaled) | special | ((bits & 0x8000u) << 16));
     }
+  }
+}
+
+// The nearest bfloat16 and float16 numbers, ties to even.
+inline HalfBits round_to_bfloat16(Vec v) {
+  const auto bits = bit_cast<UintVec>(v);
+  const UintVec rounded = (bits + 0x7FFFu + (bits >> 16 & 1u)) >> 16;
+  return __builtin_convertvector(v != v ? bits >> 16 | 0x40u : rounded, HalfBits);
+}
+
+inline HalfBits round_to_float16(Vec v) {
+#if defined(__AVX512F__)
+  return (HalfBits)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT);
+#elif defined(__F16C__)
+  return (HalfBits)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
+#else
+  const auto bits = bit_cast<UintVec>(v);
+  const UintVec magnitude = bits & 0x7FFFFFFFu;
+  const UintVec normal = (magnitude - (112u << 23) + 0xFFFu + (magnitude >> 13 & 1u)) >> 13;
+  // The last bit of numbers from 0.5 to 1 is worth as much as that of float16's subnormals.
+  const auto shifted = bit_cast<UintVec>(bit_cast<Vec>(magnitude) + 0.5f);
+  UintVec rounded = magnitude < 0x38800000u ? shifted - 0x3F000000u : normal;  // 2^-14
+  rounded = magnitude >= 0x47800000u ? broadcast(0x7C00u) : rounded;           // 2^16
+  rounded = v != v ? broadcast(0x7E00u) : rounded;
+  return __builtin_convertvector(rounded | (bits >> 16 & 0x8000u), HalfBits);
+#endif
+}
+
+// The opposite of load_as_float: kLanes elements of a tensor from floats, each rounded.
+template <DType dtype>
+inline void store_rounded(void* destination, int64_t index, Vec v) {
+  if constexpr (dtype == DType::kFloat32) {
+    store(static_cast<float*>(destination) + index, v);
+  } else {
+    const HalfBits half = dtype == DType::kBFloat16 ? round_to_bfloat16(v) : round_to_float16(v);
+    store(static_cast<uint16_t*>(destination) + index, half);
   }
 }
 
@@ -147,6 +216,23 @@ inline float element_as_float(const void* source, int64_t index) {
     uint16_t lanes[kLanes] = {static_cast<const uint16_t*>(source)[index]};
     return load_as_float<dtype>(lanes, 0)[0];
   }
+}
+
+// The first `count` of kLanes elements; the others are 0.
+template <DType dtype>
+inline Vec load_some_as_float(const void* source, int64_t index, int64_t count) {
+  constexpr int64_t kBytes = kElementBytes<dtype>;
+  char lanes[kLanes * kBytes] = {};
+  memcpy(lanes, static_cast<const char*>(source) + index * kBytes, count * kBytes);
+  return load_as_float<dtype>(lanes, 0);
+}
+
+template <DType dtype>
+inline void store_some_rounded(void* destination, int64_t index, int64_t count, Vec v) {
+  constexpr int64_t kBytes = kElementBytes<dtype>;
+  char lanes[kLanes * kBytes];
+  store_rounded<dtype>(lanes, 0, v);
+  memcpy(static_cast<char*>(destination) + index * kBytes, lanes, count * kBytes);
 }
 
 namespace detail {
@@ -174,6 +260,20 @@ inline void transpose(Vec (&rows)[kLanes]) {
 #pragma GCC unroll 16
     for (int i = 0; i < kLanes; ++i) rows[i] = next[i];
   }
+}
+
+// Lane i is reduce_add(rows[i]): as the transpose, but every round adds what it has shuffled.
+inline Vec reduce_add(Vec (&rows)[kLanes]) {
+  using Lanes = std::make_integer_sequence<int, kLanes>;
+#pragma GCC unroll 4
+  for (int half = kLanes / 2; half > 0; half /= 2) {
+#pragma GCC unroll 8
+    for (int i = 0; i < half; ++i) {
+      rows[i] = detail::interleave(rows[i], rows[i + half], 0, Lanes{}) +
+                detail::interleave(rows[i], rows[i + half], 1, Lanes{});
+    }
+  }
+  return rows[0];
 }
 
 }  // namespace KVEVICT_ISA

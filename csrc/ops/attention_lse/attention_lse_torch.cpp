@@ -10,7 +10,7 @@ namespace {
 template <DeviceType device>
 Tensor attention_lse(const Tensor& query, const Tensor& key, const std::optional<Tensor>& key_mask,
                      std::optional<double> sm_scale, bool causal) {
-  const Check check("attention_lse");
+  const Check check("attention_lse", device);
   const AttentionArgs args = check_attention(check, query, key, key_mask, sm_scale, causal);
   const Tensor lse =
       new_empty(query, {query.size(0), query.size(1), query.size(2)}, ScalarType::Float);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include <limits>
+#include <algorithm>
 
 #include "binding/kv_args.h"
 #include "binding/registration.h"
@@ -10,14 +10,20 @@
 namespace kvevict {
 namespace {
 
-// On the CPU: values of a small int32 argument lie in [-1, end).
-void check_values(const Check& check, const Tensor& tensor, const char* argument, int64_t end) {
-  if (!tensor.is_cpu()) return;
-  const auto* values = static_cast<const int32_t*>(tensor.const_data_ptr());
-  const int64_t bad = find_outside(values, tensor.numel(), -1, end);
-  if (bad >= 0) {
-    check.fail(argument, "be in [-1, " + std::to_string(end) + ")",
-               element_text(tensor, bad, values[bad]));
+// Lists of an earlier eviction, -1 behind what it kept.
+void check_base_values(const Check& check, const Tensor& base, int64_t num_positions) {
+  if (!check.reads_values()) return;
+  check.values_in_range(base, "base_indices", -1, num_positions);
+  const Tensor host = on_host(base);
+  const auto* values = static_cast<const int32_t*>(host.const_data_ptr());
+  const int64_t k = host.size(3);
+  for (int64_t first = 0; first < host.numel(); first += k) {
+    const int64_t descent = find_not_ascending_then_none(values + first, k);
+    if (descent < 0) continue;
+    const int64_t place = first + descent;
+    check.fail(
+        "base_indices", "ascend strictly, with -1 only at the end",
+        element_text(host, place, values[place]) + " after " + std::to_string(values[place - 1]));
   }
 }
 
@@ -26,8 +32,7 @@ Tensor broadcast_indices(const Tensor& kept_indices, const Tensor& kept_lens, in
                          int64_t num_kv_heads, const std::optional<Tensor>& base_indices,
                          const std::optional<Tensor>& block_tables, int64_t page_size) {
   constexpr auto kAny = Check::kAny;
-  constexpr int64_t kSlots = int64_t{1} << 31;
-  const Check check("broadcast_indices");
+  const Check check("broadcast_indices", device);
   check.at_least(num_layers, "num_layers", 1);
   check.at_least(num_kv_heads, "num_kv_heads", 1);
   if (kept_indices.dim() < 3) {
@@ -38,17 +43,19 @@ Tensor broadcast_indices(const Tensor& kept_indices, const Tensor& kept_lens, in
     check.companion(*base_indices, "base_indices", ScalarType::Int,
                     {{num_layers, 1}, shape.batch_size, {num_kv_heads, 1}, kAny}, kept_indices,
                     "kept_indices");
+    check.indexable(*base_indices, "base_indices", 3, "k");
   }
-  int64_t num_positions = kSlots;
+  int64_t num_positions = Check::kIndexEnd;
   if (block_tables) {
     check.companion(*block_tables, "block_tables", ScalarType::Int,
                     {{num_layers, 1}, shape.batch_size, kAny}, kept_indices, "kept_indices");
-    check.in_range(page_size, "page_size", 1, kSlots);
-    num_positions = block_tables->size(2) * page_size;
+    check.in_range(page_size, "page_size", 1, Check::kIndexEnd);
+    num_positions =
+        std::min(std::min(block_tables->size(2), num_positions) * page_size, num_positions);
   }
   const std::optional<Tensor> base = dense(base_indices), tables = dense(block_tables);
-  if (base) check_values(check, *base, "base_indices", num_positions);
-  if (tables) check_values(check, *tables, "block_tables", kSlots / page_size);
+  if (base) check_base_values(check, *base, num_positions);
+  if (tables) check.values_in_range(*tables, "block_tables", -1, Check::kIndexEnd / page_size);
   const int64_t kept_end = base ? base->size(3) : num_positions;
   const IndexArgs kept = check_kept_indices(check, kept_indices, kept_lens, shape, {kept_end},
                                             kept_indices, "kept_indices");

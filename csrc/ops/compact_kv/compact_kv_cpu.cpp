@@ -28,10 +28,12 @@ void compact_stream(const CompactKvParams& params, const KvStream& at) {
 
 template <>
 void CompactKv::run_cpu<kThisIsa>(const CompactKvParams& params, const CpuWork& work) noexcept {
+  const bool large = kept_bytes(params.shape, params.tensors, params.kept.k) > kMaxCachedBytes;
   for (int64_t item = work.begin; item < work.end; ++item) {
     const KvStream at = params.shape.stream(item);
     const KvTensor& tensor = params.tensors[at.tensor];
-    if (can_stream(tensor.row(at.batch, at.head, 0), tensor.rows.stride_seq, tensor.row_bytes)) {
+    if (large &&
+        can_stream(tensor.row(at.batch, at.head, 0), tensor.rows.stride_seq, tensor.row_bytes)) {
       compact_stream<RowStore::kStream>(params, at);
     } else {
       compact_stream<RowStore::kCached>(params, at);

@@ -59,13 +59,15 @@ void check_values(const Check& check, const IndexArgs& slots, const IndexArgs& k
 template <DeviceType device>
 void evict_slots_(const std::vector<Tensor>& keys, const std::vector<Tensor>& values,
                   const Tensor& slots, const Tensor& kv_lens) {
-  const Check check("evict_slots_");
+  const Check check("evict_slots_", device);
   const std::vector<KvTensor> tensors = check_kv_layers(check, keys, values, Access::kWrite);
   const KvShape shape{static_cast<int64_t>(keys.size()), keys[0].size(0), keys[0].size(1)};
   const IndexArgs slot_lists = check_index_lists(check, slots, "slots", shape, keys[0], "keys[0]");
   const IndexArgs lens = check_list_lens(check, kv_lens, "kv_lens", shape, keys[0], "keys[0]");
-  if (keys[0].is_cpu()) check_values(check, slot_lists, lens, tensors, shape);
-  check_disjoint(check, keys, values, {{"slots", slot_lists.indices}, {"kv_lens", lens.indices}});
+  if (check.reads_values()) {
+    check_values(check, on_host(slot_lists), on_host(lens), tensors, shape);
+  }
+  claim_layers(check, keys, values, {{"slots", slot_lists.indices}, {"kv_lens", lens.indices}});
 
   const EvictSlotsParams params{shape, tensors.data(), slot_lists.lists, lens.lists};
   run<EvictSlots, device>("evict_slots_", params, keys[0]);

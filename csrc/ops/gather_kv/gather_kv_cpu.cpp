@@ -31,11 +31,12 @@ void gather_stream(const GatherKvParams& params, const KvStream& at) {
 
 template <>
 void GatherKv::run_cpu<kThisIsa>(const GatherKvParams& params, const CpuWork& work) noexcept {
+  const bool large = kept_bytes(params.shape, params.destinations, params.kept.k) > kMaxCachedBytes;
   for (int64_t item = work.begin; item < work.end; ++item) {
     const KvStream at = params.shape.stream(item);
     const KvTensor& destination = params.destinations[at.tensor];
-    if (can_stream(destination.row(at.batch, at.head, 0), destination.rows.stride_seq,
-                   destination.row_bytes)) {
+    if (large && can_stream(destination.row(at.batch, at.head, 0), destination.rows.stride_seq,
+                            destination.row_bytes)) {
       gather_stream<RowStore::kStream>(params, at);
     } else {
       gather_stream<RowStore::kCached>(params, at);

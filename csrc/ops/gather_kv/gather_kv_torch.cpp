@@ -14,7 +14,7 @@ template <DeviceType device>
 std::tuple<std::vector<Tensor>, std::vector<Tensor>> gather_kv(
     const std::vector<Tensor>& keys, const std::vector<Tensor>& values, const Tensor& kept_indices,
     const std::optional<Tensor>& kept_lens) {
-  const Check check("gather_kv");
+  const Check check("gather_kv", device);
   const std::vector<KvTensor> sources = check_kv_layers(check, keys, values, Access::kRead);
   const KvShape shape{static_cast<int64_t>(keys.size()), keys[0].size(0), keys[0].size(1)};
   std::vector<int64_t> kv_lens;

@@ -9,7 +9,7 @@ namespace {
 
 template <DeviceType device>
 Tensor null(const Tensor& input) {
-  const Check check("null");
+  const Check check("null", device);
   check.dtype(input, "input", {ScalarType::Float});
   const Tensor dense_input = dense(input);
   const Tensor output = torch::stable::empty_like(dense_input);

@@ -3,6 +3,7 @@
 #include <vector>
 
 #include "binding/attention_args.h"
+#include "binding/in_place.h"
 #include "binding/kv_args.h"
 #include "binding/registration.h"
 #include "binding/run.h"
@@ -90,13 +91,14 @@ std::tuple<Tensor, Tensor, Tensor> score_and_compact(
     bool text_weighted, const std::optional<Tensor>& softmax_lse,
     const std::optional<Tensor>& priority, const std::optional<Tensor>& key_mask,
     std::optional<double> sm_scale, bool causal, int64_t head_reduction, int64_t pool_kernel) {
-  const Check check(kOp);
+  const Check check(kOp, device);
   const AttentionArgs attention = check_attention(check, query, key, key_mask, sm_scale, causal);
   const int64_t batch_size = key.size(0), num_kv_heads = key.size(1), kv_len = key.size(2);
   check.device(value, "value", query, "query");
   check.shape(value, "value", {batch_size, num_kv_heads, kv_len, Check::kAny});
   check.movable(value, "value");
-  check.at_least(budget, "budget", 0);
+  check.indexable(key, "key", 2, "kv_len");
+  check.in_range(budget, "budget", 0, Check::kIndexEnd);
   check_head_reduction(check, head_reduction);
   const auto reduction = static_cast<HeadReduction>(head_reduction);
   if (text_weighted) {
@@ -115,6 +117,7 @@ std::tuple<Tensor, Tensor, Tensor> score_and_compact(
   check.disjoint({key, value}, {"key", "value"}, 2);
   const VotingArgs voting =
       check_voting_rows(check, attention.params, query, row_index, row_weight, softmax_lse);
+  announce_writes(kOp, {key, value}, {"key", "value"});
 
   const Tensor scores =
       score<device>(query, attention.params, voting.rows, reduction, text_weighted);

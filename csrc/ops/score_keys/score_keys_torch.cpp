@@ -12,7 +12,7 @@ Tensor score_keys(const Tensor& query, const Tensor& key, const std::optional<Te
                   const std::optional<Tensor>& row_weight, const std::optional<Tensor>& softmax_lse,
                   const std::optional<Tensor>& key_mask, std::optional<double> sm_scale,
                   bool causal, int64_t statistic, int64_t head_reduction) {
-  const Check check("score_keys");
+  const Check check("score_keys", device);
   const AttentionArgs attention = check_attention(check, query, key, key_mask, sm_scale, causal);
   const VotingArgs voting =
       check_voting_rows(check, attention.params, query, row_index, row_weight, softmax_lse);

@@ -15,7 +15,7 @@ std::tuple<Tensor, Tensor, Tensor> score_keys_by_text(const Tensor& query, const
                                                       const std::optional<Tensor>& softmax_lse,
                                                       const std::optional<Tensor>& key_mask,
                                                       std::optional<double> sm_scale) {
-  const Check check("score_keys_by_text");
+  const Check check("score_keys_by_text", device);
   const AttentionArgs attention =
       check_attention(check, query, key, key_mask, sm_scale, /*causal=*/true);
   const VotingArgs text =

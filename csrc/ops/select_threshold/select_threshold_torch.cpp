@@ -16,7 +16,7 @@ std::tuple<Tensor, Tensor> select_threshold(const Tensor& sums, const Tensor& ma
                                             std::optional<int64_t> max_evicted,
                                             const std::optional<Tensor>& key_mask) {
   constexpr auto kAny = Check::kAny;
-  const Check check("select_threshold");
+  const Check check("select_threshold", device);
   check.dtype(sums, "sums", {ScalarType::Float});
   check.shape(sums, "sums", {kAny, kAny, kAny});
   const int64_t batch_size = sums.size(0), num_heads = sums.size(1), kv_len = sums.size(2);

@@ -5,6 +5,7 @@
 
 #include "core/cpu/select_scratch.h"
 #include "core/order.h"
+#include "core/priority.h"
 
 namespace kvevict {
 
@@ -18,8 +19,7 @@ struct SelectTopkParams {
   int64_t batch_size, num_heads, kv_len, k;
 
   KVEVICT_HD const uint8_t* priority_of(int64_t row) const {
-    if (!priority) return nullptr;
-    return priority + (priority_per_head ? row : row / num_heads) * kv_len;
+    return priority_row(priority, priority_per_head, row, num_heads, kv_len);
   }
 };
 

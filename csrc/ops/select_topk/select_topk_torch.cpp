@@ -4,7 +4,6 @@
 #include "binding/check.h"
 #include "binding/registration.h"
 #include "binding/run.h"
-#include "core/validate.h"
 #include "ops/select_topk/select_topk.h"
 
 namespace kvevict {
@@ -15,10 +14,11 @@ std::tuple<Tensor, Tensor> select_topk(const Tensor& scores, int64_t k,
                                        const std::optional<Tensor>& row_k,
                                        const std::optional<Tensor>& priority) {
   constexpr auto kAny = Check::kAny;
-  const Check check("select_topk");
+  const Check check("select_topk", device);
   check.dtype(scores, "scores", {ScalarType::Float});
   check.shape(scores, "scores", {kAny, kAny, kAny});
-  check.at_least(k, "k", 0);
+  check.indexable(scores, "scores", 2, "kv_len");
+  check.in_range(k, "k", 0, Check::kIndexEnd);
   const int64_t batch_size = scores.size(0), num_heads = scores.size(1), kv_len = scores.size(2);
   if (row_k) {
     check.companion(*row_k, "row_k", ScalarType::Int, {batch_size, num_heads}, scores, "scores");
@@ -26,14 +26,7 @@ std::tuple<Tensor, Tensor> select_topk(const Tensor& scores, int64_t k,
   check.priority(priority, batch_size, num_heads, kv_len, scores, "scores");
   const Tensor dense_scores = dense(scores);
   const std::optional<Tensor> dense_row_k = dense(row_k), dense_priority = dense(priority);
-  if (scores.is_cpu() && row_k) {
-    const auto* values = data_or_null<int32_t>(dense_row_k);
-    const int64_t bad = find_outside(values, row_k->numel(), 0, k + 1);
-    if (bad >= 0) {
-      check.fail("row_k", "be in [0, " + std::to_string(k + 1) + ")",
-                 element_text(*row_k, bad, values[bad]));
-    }
-  }
+  if (row_k) check.values_in_range(*dense_row_k, "row_k", 0, k + 1);
 
   const Tensor kept_indices = new_empty(scores, {batch_size, num_heads, k}, ScalarType::Int);
   const Tensor kept_lens = new_empty(scores, {batch_size, num_heads}, ScalarType::Int);

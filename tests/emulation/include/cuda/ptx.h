@@ -40,6 +40,19 @@ inline float exp2_approx(float x) {
   return fabsf(result) < 0x1p-126f ? 0.0f : result;
 }
 
+inline float fp16_to_float(uint16_t bits) { return emulation::fp16_to_float(bits); }
+inline uint32_t pack_fp16(float low, float high) {
+  const auto bits = [](float x) { return std::bit_cast<uint16_t>(static_cast<_Float16>(x)); };
+  return bits(low) | static_cast<uint32_t>(bits(high)) << 16;
+}
+inline uint32_t pack_bf16(float low, float high) {
+  const auto rounded = [](float x) -> uint32_t {
+    const auto bits = std::bit_cast<uint32_t>(x);
+    return x != x ? 0x7FFFu : (bits + 0x7FFFu + (bits >> 16 & 1)) >> 16;
+  };
+  return rounded(low) | rounded(high) << 16;
+}
+
 inline void store_streaming(void* global, uint4 value) {
   emulation::check_aligned(global, sizeof(value), "store_streaming");
   *static_cast<uint4*>(global) = value;
