@@ -31,6 +31,7 @@ from kvevict.policies.flashcache import FlashCache
 from kvevict.policies.h2o import H2O
 from kvevict.policies.hae import HAE
 from kvevict.policies.keydiff import KeyDiff
+from kvevict.policies.lightkv import LightKV
 from kvevict.policies.mixkv import MixKV
 from kvevict.policies.prefixkv import PrefixKV
 from kvevict.policies.pyramidkv import PyramidKV
@@ -59,6 +60,7 @@ __all__ = [
     "KeyDiff",
     "LayerPolicy",
     "LayerScores",
+    "LightKV",
     "MixKV",
     "Policy",
     "PrefillPolicy",

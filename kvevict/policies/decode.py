@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -111,21 +111,9 @@ def received(
     Returns:
         [batch_size, num_lists, stored] float32.
     """
-    key, num_lists = slots.keys, slots.columns.shape[1]
-    per_head = key_mask is not None and num_lists > 1
-    if per_head:
-        # Masks of the op are per sequence: every KV head becomes a sequence of its own.
-        heads = query.shape[1] // num_lists
-        query = query.reshape(-1, heads, *query.shape[2:])
-        key = key.flatten(0, 1)[:, None]
-    scores = ops.score_keys(
-        query,
-        key,
-        key_mask=None if key_mask is None else key_mask.flatten(0, 1),
-        sm_scale=sm_scale,
-        head_reduction=HeadReduction.ALL_MEAN if num_lists == 1 else HeadReduction.GROUP_MEAN,
-    )
-    return scores.view(-1, num_lists, slots.stored)
+    query, key, options = _as_rows(slots, query, key_mask)
+    scores = ops.score_keys(query, key, sm_scale=sm_scale, **options)
+    return scores.view(slots.columns.shape)
 
 
 def accumulate(
@@ -137,7 +125,24 @@ def accumulate(
     sm_scale: float | None = None,
 ) -> None:
     """Add what `received` returns to the scores of the slots, which decay first."""
-    slots.scores.mul_(decay).add_(received(slots, query, key_mask=key_mask, sm_scale=sm_scale))
+    query, key, options = _as_rows(slots, query, key_mask)
+    # Of the folded shape, if lists are folded.
+    scores = slots.scores.view(len(key), -1, slots.stored)
+    ops.accumulate_scores_(scores, query, key, decay=decay, sm_scale=sm_scale, **options)
+
+
+def _as_rows(
+    slots: Slots, query: Tensor, key_mask: Tensor | None
+) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """Return query, key and options with which the scoring ops give a score per list."""
+    key, num_lists = slots.keys, slots.columns.shape[1]
+    if key_mask is not None and num_lists > 1:
+        # Masks of the ops are per sequence: every KV head becomes a sequence of its own.
+        query = query.reshape(-1, query.shape[1] // num_lists, *query.shape[2:])
+        key = key.flatten(0, 1)[:, None]
+    reduction = HeadReduction.ALL_MEAN if num_lists == 1 else HeadReduction.GROUP_MEAN
+    mask = None if key_mask is None else key_mask.flatten(0, 1)
+    return query, key, {"key_mask": mask, "head_reduction": reduction}
 
 
 def limit_lists(layers: Sequence[Slots], limits: Sequence[Tensor]) -> list[int | Tensor]:

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM
 
 import kvevict
 from kvevict.integrations.transformers import EvictedLayer
-from kvevict.policies import HAE, Prompt, Selection, Shortening
+from kvevict.policies import HAE, LightKV, Prompt, Selection, Shortening
 from tests.integrations.masked_reference import kept_mask, masked_reference
 from tests.integrations.test_transformers import SECOND_TURN, state_of, two_turns
 from tests.integrations.tiny_models import (
@@ -24,10 +24,12 @@ from tests.integrations.tiny_models import (
     TEXT_CONFIG,
     TWO_IMAGES,
     VISION_MODELS,
+    Row,
     generate,
     make_inputs,
     row_of,
 )
+from tests.policies.merging import merge_by_loops
 
 BATCHES = {
     "single": [ONE_IMAGE],
@@ -110,10 +112,21 @@ def test_several_stages_of_a_policy_that_does_nothing_else(model_name: str) -> N
     model, policy = get_model(model_name), DropThirds()
     inputs = make_inputs(model, BATCHES["left_padded"])
     prompt_len = inputs["input_ids"].shape[1]
+    generate(model, inputs, num_new=1)  # transformers adds hooks of its own at the first call.
     before = state_of(model)
+    seen: list[set[int]] = []
+
+    def note(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        seen.append({args[0].shape[1], kwargs["position_embeddings"][0].shape[-2]})
+        if kwargs.get("position_ids") is not None:
+            seen[-1].add(kwargs["position_ids"].shape[-1])
+
     with kvevict.evict(model, policy) as eviction:
+        hook = model.get_decoder().layers[2].register_forward_pre_hook(note, with_kwargs=True)
         actual = generate(model, inputs, num_new=6)
+        hook.remove()
     assert state_of(model) == before
+    assert seen[0] == {int(eviction.kept[2].kept_lens.max())}
     longest = int(inputs["attention_mask"].sum(1).max())
     assert policy.lens == [longest, longest - (longest + 1) // 3 + (longest % 3 == 2)]
     kept = by_layer(eviction, prompt_len)
@@ -197,6 +210,18 @@ def test_every_turn_prunes_anew() -> None:
     assert second.bytes_after < second.bytes_before
 
 
+def test_a_ratio_refers_to_the_whole_prompt_in_every_layer() -> None:
+    model = get_model("llava")
+    inputs = make_inputs(model, BATCHES["left_padded"])
+    policy = HAE(keep=0.5, alpha=0.0, drop_hidden=True, decode="append")
+    with kvevict.evict(model, policy) as eviction:
+        generate(model, inputs, num_new=1)
+    expected = [int(n * 0.5) for n in inputs["attention_mask"].sum(1).tolist()]
+    for layer in eviction.kept:
+        assert layer.kept_lens[:, 0].tolist() == expected
+        assert torch.equal(layer.kept_indices, eviction.kept[0].kept_indices)
+
+
 def test_keeping_all_changes_nothing() -> None:
     model = get_model("llava")
     inputs = make_inputs(model, BATCHES["left_padded"])
@@ -241,3 +266,127 @@ def test_refusals() -> None:
     del model.model.rotary_emb
     with pytest.raises(ValueError, match="not a plain list of layers"):
         kvevict.evict(model, DropThirds()).__enter__()
+
+
+# LightKV
+
+
+@torch.no_grad()
+def merge_and_run(
+    model: Any, inputs: dict[str, Tensor], policy: LightKV, tokens: list[int]
+) -> tuple[Tensor, list[int]]:
+    """Run one sequence layer by layer, merging by loops; then some tokens on what was stored.
+
+    Returns:
+        The logits of the last prompt row and of the tokens, and the rows of every layer.
+    """
+    decoder, seen = model.get_decoder(), []
+    hook = decoder.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs), with_kwargs=True
+    )
+    model(**inputs)
+    hook.remove()
+    hidden, positions = seen[0]["inputs_embeds"], seen[0]["position_ids"]
+    row = "".join("ti"[int(i == model.config.image_token_id)] for i in inputs["input_ids"][0])
+    layers, logits, lens = decoder.layers, [], []
+    if positions is None:
+        positions = torch.arange(len(row))[None]
+
+    def ramp(begin: int, count: int) -> Tensor:
+        place = torch.arange(begin, begin + count)[None]
+        return place.expand(3, -1, -1) if model.config.model_type != "llava" else place
+
+    cached = DynamicCache(config=model.config)
+    with masked_reference(model, len(row)) as reference:
+        embeddings = decoder.rotary_emb(hidden, positions)
+        for i, layer in enumerate(layers):
+            lens.append(hidden.shape[1])
+            hidden = layer(hidden, position_embeddings=embeddings, past_key_values=cached)
+            if i in policy.merge_layers:
+                query, key, _ = reference.recorded[i][-1]
+                stage = policy.merge_layers.index(i)
+                kept, merged = merge_by_loops(hidden[0], query[0], key[0], row, policy, stage)
+                hidden = merged[kept].float()[None]
+                row = "".join(row[j] for j in kept)
+                if policy.restart_positions:
+                    embeddings = decoder.rotary_emb(hidden, ramp(0, len(row)))
+                else:
+                    embeddings = tuple(t[..., kept, :] for t in embeddings)
+        logits.append(model.lm_head(decoder.norm(hidden))[0, -1])
+        # The model counts on from its largest position.
+        following = int(positions.max()) + 1
+        for step, token in enumerate(tokens):
+            hidden = model.get_input_embeddings()(torch.tensor([[token]]))
+            for i, layer in enumerate(layers):
+                place = following + step
+                if policy.decode_positions == "stored" and i > policy.merge_layers[0]:
+                    place = lens[i] + step
+                embeddings = decoder.rotary_emb(hidden, ramp(place, 1))
+                hidden = layer(hidden, position_embeddings=embeddings, past_key_values=cached)
+            logits.append(model.lm_head(decoder.norm(hidden))[0, -1])
+    return torch.stack(logits), lens
+
+
+LIGHTKV = {
+    "released": LightKV((0, 1), (1,), (0.5,)),
+    "uniform": LightKV((0,), (1,), (0.3,), guidance="uniform"),
+    "positions_kept": LightKV((0, 1), (1,), (0.25, 0.5), restart_positions=False),
+    "positions_follow": LightKV((0, 1), (1,), (0.5,), decode_positions="stored"),
+}
+
+
+@pytest.mark.parametrize("name", LIGHTKV)
+@pytest.mark.parametrize("model_name", ["llava", "qwen2_5_vl"])
+def test_merging_equals_a_run_layer_by_layer(model_name: str, name: str) -> None:
+    model, policy = get_model(model_name), LIGHTKV[name]
+    inputs = make_inputs(model, [TWO_IMAGES])
+    with kvevict.evict(model, policy) as eviction, torch.no_grad():
+        output = generate(model, inputs, num_new=6)
+    tokens = output.sequences[0, inputs["input_ids"].shape[1] : -1].tolist()
+    expected, lens = merge_and_run(model, inputs, policy, tokens)
+    torch.testing.assert_close(logits_of(output)[0], expected, rtol=0, atol=2e-4)
+    assert [int(layer.kept_lens) for layer in eviction.kept] == lens
+    assert lens[-1] < lens[0]
+
+
+def test_merging_and_beam_search() -> None:
+    """Beams take along how far their layers were moved down."""
+    model, policy = get_model("llava"), LIGHTKV["positions_follow"]
+    inputs = make_inputs(model, [ONE_IMAGE])
+    with kvevict.evict(model, policy):
+        beams = generate(model, inputs, num_new=5, num_beams=3, output_scores=True)
+        output = generate(model, inputs, num_new=5, num_beams=1)
+    prompt_len = inputs["input_ids"].shape[1]
+    tokens = beams.sequences[0, prompt_len:].tolist()
+    logits, _ = merge_and_run(model, inputs, policy, tokens[:-1])
+    score = logits.log_softmax(-1)[range(5), tokens].mean()
+    assert float(score) == pytest.approx(float(beams.sequences_scores[0]), abs=1e-4)
+    assert output.sequences.shape == beams.sequences.shape
+
+
+@pytest.mark.parametrize("name", LIGHTKV)
+def test_merging_a_padded_batch(name: str) -> None:
+    """One and two images, and a sequence without any, which keeps its positions."""
+    model, policy = get_model("qwen2_5_vl"), LIGHTKV[name]
+    rows = [*BATCHES["left_padded"], Row(31, ())]
+    inputs = make_inputs(model, rows)
+    with kvevict.evict(model, policy):
+        batch = generate(model, inputs, num_new=6)
+    for b in range(len(rows)):
+        alone_inputs = row_of(model, inputs, rows, b)
+        if b == 3:
+            del alone_inputs["pixel_values"], alone_inputs["image_grid_thw"]
+        with kvevict.evict(model, policy):
+            alone = generate(model, alone_inputs, num_new=6)
+        torch.testing.assert_close(logits_of(batch)[b], logits_of(alone)[0], rtol=0, atol=2e-4)
+
+
+def test_merging_in_bfloat16_and_with_deepstack() -> None:
+    model = copy.deepcopy(get_model("qwen3_vl")).bfloat16()
+    inputs = make_inputs(model, BATCHES["left_padded"])
+    inputs["pixel_values"] = inputs["pixel_values"].bfloat16()
+    with kvevict.evict(model, LIGHTKV["positions_follow"]) as eviction:
+        output = generate(model, inputs, num_new=4)
+    assert torch.isfinite(logits_of(output)).all()
+    lens = [layer.kept_lens[:, 0].tolist() for layer in eviction.kept]
+    assert lens == [[33, 50, 58], [25, 34, 42], [21, 26, 34]]

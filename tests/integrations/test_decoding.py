@@ -29,9 +29,15 @@ from tests.integrations.tiny_models import (
     make_inputs,
     row_of,
 )
-from tests.policies.decoding import Tokens, decode_by_loops
-from tests.policies.test_decode import h2o_rule, streaming_rule
-from tests.policies.test_hae import bin_rule
+from tests.policies.cases import make_prompt
+from tests.policies.decoding import (
+    Tokens,
+    bin_rule,
+    decode_by_loops,
+    h2o_rule,
+    streaming_rule,
+)
+from tests.support.reads import Reads
 
 BATCHES = {
     "single": [ONE_IMAGE],
@@ -155,8 +161,6 @@ def tokens_of(reference: Any, b: int, padding: int) -> Tokens:
 
 def start_scores(policy: Any, tokens: Tokens, row: str) -> list[Tensor]:
     """Return what the kept keys start with, as the policy scores that prompt."""
-    from tests.policies.cases import make_prompt
-
     prompt = make_prompt(row)
     states = zip(tokens.queries, tokens.keys, tokens.values, strict=True)
     layers: list[Any] = []
@@ -203,6 +207,21 @@ def test_bfloat16() -> None:
         assert layer.dtype == torch.bfloat16
         assert layer.store.slots.scores.dtype == torch.float32
         assert layer.store.slots.lens.tolist() == kept.kept_lens.tolist()
+
+
+@pytest.mark.parametrize("policy_name", POLICIES)
+def test_a_step_reads_nothing_back(policy_name: str) -> None:
+    """On a GPU a read would stall the queue; a padded batch, whatever its lists."""
+    model = get_model("llava")
+    inputs = make_inputs(model, BATCHES["left_padded"])
+    mask = torch.cat([inputs["attention_mask"], torch.ones(3, 2).long()], 1)
+    token = torch.full((3, 1), 20)
+    with kvevict.evict(model, POLICIES[policy_name]), torch.no_grad():
+        cached = model(**inputs).past_key_values
+        model(input_ids=token, attention_mask=mask[:, :-1], past_key_values=cached)
+        with Reads() as reads:
+            model(input_ids=token, attention_mask=mask, past_key_values=cached)
+    assert reads.found == []
 
 
 # Memory

@@ -75,8 +75,10 @@ def logits_of(output: Any) -> Tensor:
 # Heads of different length
 
 
-@pytest.mark.parametrize("options", [{}, {"num_beams": 2}], ids=["greedy", "beams"])
-@pytest.mark.parametrize("model_name", VISION_MODELS)
+@pytest.mark.parametrize(
+    ("model_name", "options"),
+    [*((name, {}) for name in VISION_MODELS), ("llava", {"num_beams": 2})],
+)
 def test_buckets_compute_what_masking_does(model_name: str, options: dict[str, int]) -> None:
     model = get_model(model_name)
     inputs = make_inputs(model, [ONE_IMAGE, ONE_IMAGE] if options else BATCH)

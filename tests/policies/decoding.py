@@ -9,7 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvevict.policies import LayerScores, PrefillPolicy, Prompt, select_layers
+from kvevict.policies import (
+    H2O,
+    HAE,
+    LayerScores,
+    PrefillPolicy,
+    Prompt,
+    StreamingLLM,
+    select_layers,
+)
 from kvevict.policies.base import observer
 from kvevict.policies.decode import begin_decoding
 from kvevict.slots import Slots, evict_layers, select_slots
@@ -195,6 +203,47 @@ def attention_of(
         logits = key @ tokens.queries[layer][0, head, row].double() / key.shape[-1] ** 0.5
         total += logits.softmax(-1)
     return dict(zip(columns, (total / heads).tolist(), strict=True))
+
+
+def h2o_rule(policy: H2O, limit: int) -> Rule:
+    """Drop the lowest sum that is neither sink nor recent."""
+    num_recent = int(limit * policy.recent_share + 1e-6)
+    num_sink = min(policy.num_sink, limit - num_recent)
+
+    def rule(own: List, attention: dict[int, float], seen: int) -> None:
+        own.add(attention)
+        while len(own.live) > limit:
+            middle = [c for c in own.live if num_sink <= c < seen - num_recent]
+            own.drop([min(middle, key=lambda c: own.scores[c])])
+
+    return rule
+
+
+def streaming_rule(policy: StreamingLLM, limit: int) -> Rule:
+    """Drop slot num_sink."""
+
+    def rule(own: List, attention: dict[int, float], seen: int) -> None:
+        while len(own.live) > limit:
+            own.drop([min(c for c in own.live if c >= min(policy.num_sink, limit))])
+
+    return rule
+
+
+def bin_rule(policy: HAE, limit: int) -> Rule:
+    """Delete the lowest sums once the bin is full."""
+    num_sink = min(policy.num_sink, limit)
+    num_recent = min(policy.num_recent, limit - num_sink)
+
+    def rule(own: List, attention: dict[int, float], seen: int) -> None:
+        own.scores = {c: s * policy.decay for c, s in own.scores.items()}
+        own.add(attention)
+        if len(own.live) >= limit + policy.bin_len:
+            middle = [c for c in own.live if num_sink <= c < seen - num_recent]
+            is_text = own.is_text
+            middle.sort(key=lambda c: (policy.vision_first and is_text(c), own.scores[c]))
+            own.drop(middle[: len(own.live) - limit])
+
+    return rule
 
 
 def assert_equal_loops(

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from kvevict.policies import H2O, TGVKV, LayerScores, Selection, StreamingLLM
+from kvevict.policies import H2O, HAE, TGVKV, LayerScores, Selection, StreamingLLM
 from kvevict.policies.decode import DecodePolicy
 from kvevict.slots import evict_layers, select_slots
 from tests.policies.cases import PROMPTS as ALL_PROMPTS
@@ -22,35 +22,12 @@ from tests.policies.decoding import (
     assert_equal_loops,
     block_of,
     decode,
+    h2o_rule,
     live_columns,
+    streaming_rule,
 )
-from tests.support.reads import Reads
 
 PROMPTS = {name: ALL_PROMPTS[name] for name in ("one_image", "two_images", "left_padded")}
-
-
-def h2o_rule(policy: H2O, limit: int) -> Rule:
-    """Drop the lowest sum that is neither sink nor recent."""
-    num_recent = int(limit * policy.recent_share + 1e-6)
-    num_sink = min(policy.num_sink, limit - num_recent)
-
-    def rule(own: List, attention: dict[int, float], seen: int) -> None:
-        own.add(attention)
-        while len(own.live) > limit:
-            middle = [c for c in own.live if num_sink <= c < seen - num_recent]
-            own.drop([min(middle, key=lambda c: own.scores[c])])
-
-    return rule
-
-
-def streaming_rule(policy: StreamingLLM, limit: int) -> Rule:
-    """Drop slot num_sink."""
-
-    def rule(own: List, attention: dict[int, float], seen: int) -> None:
-        while len(own.live) > limit:
-            own.drop([min(c for c in own.live if c >= min(policy.num_sink, limit))])
-
-    return rule
 
 
 def tgv_rule(policy: TGVKV, fraction: float, suffix: int) -> Rule:
@@ -193,17 +170,27 @@ def test_a_later_turn_is_several_steps_at_once(policy: Any) -> None:
                 assert layer[b] == [[real[c] for c in own] for own in expected[0]]
 
 
-def test_no_step_waits_for_the_device() -> None:
-    """Neither where all lists evict alike nor where they are counted on the device."""
-    for policy in (*(p for p, _ in LIMITED.values()), TGVKV(keep=0.4, decode="released")):
+def test_a_step_neither_reads_nor_leaves_the_device() -> None:
+    """On tensors that hold no data: lists that evict alike, and lists counted on the device."""
+    bins = [HAE(kappa=1.0, alpha=1.0, bin_len=n, num_recent=2, vision_first=True) for n in (1, 3)]
+    limited = [policy for policy, _ in LIMITED.values()]
+    for policy in (*limited, *bins, TGVKV(keep=0.4, decode="released")):
         rows = PROMPTS["left_padded"]
         prompt = make_prompt(*rows)
-        tokens = Tokens.draw(3, prompt.kv_len + 3, NUM_LAYERS)
+        tokens = Tokens.draw(3, prompt.kv_len + 6, NUM_LAYERS)
         layers = decode(policy, prompt, tokens, 2).layers
-        with Reads() as reads:
+        for slots in layers:
+            slots._each(lambda block: block.to("meta"))
+            slots.padding_lens = slots.padding_lens.to("meta")
+            for name, value in slots.memory.items():
+                if isinstance(value, torch.Tensor):
+                    slots.memory[name] = value.to("meta")
+            if isinstance(slots.grown, torch.Tensor):
+                slots.grown = slots.grown.to("meta")
+        for _ in range(4):
             for i, slots in enumerate(layers):
-                q, k, v = (ts[i][:, :, -1:] for ts in vars(tokens).values())
+                q, k, v = (ts[i][:, :, -1:].to("meta") for ts in vars(tokens).values())
                 slots.append(k, v)
                 policy.observe_step(slots, q, key_mask=slots.visible(None))
             evict_layers(layers, policy.evict_step(layers))
-        assert reads.found == []
+        assert all(slots.keys.is_meta and slots.scores.is_meta for slots in layers)

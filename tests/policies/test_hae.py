@@ -14,11 +14,10 @@ from kvevict.policies import HAE, LayerScores, Prompt, Selection
 from kvevict.slots import Slots, evict_layers, select_slots
 from tests.policies.cases import PROMPTS, kept_lists, make_layers, make_prompt
 from tests.policies.decoding import (
-    List,
-    Rule,
     Run,
     Tokens,
     assert_equal_loops,
+    bin_rule,
     block_of,
     decode,
     live_columns,
@@ -223,23 +222,6 @@ def test_one_compaction_per_bin() -> None:
 # Against loops
 
 DECODE_PROMPTS = ["two_images", "left_padded"]
-
-
-def bin_rule(policy: HAE, limit: int) -> Rule:
-    """Delete the lowest sums once the bin is full."""
-    num_sink = min(policy.num_sink, limit)
-    num_recent = min(policy.num_recent, limit - num_sink)
-
-    def rule(own: List, attention: dict[int, float], seen: int) -> None:
-        own.scores = {c: s * policy.decay for c, s in own.scores.items()}
-        own.add(attention)
-        if len(own.live) >= limit + policy.bin_len:
-            middle = [c for c in own.live if num_sink <= c < seen - num_recent]
-            is_text = own.is_text
-            middle.sort(key=lambda c: (policy.vision_first and is_text(c), own.scores[c]))
-            own.drop(middle[: len(own.live) - limit])
-
-    return rule
 
 
 @pytest.mark.parametrize("prompt_name", DECODE_PROMPTS)

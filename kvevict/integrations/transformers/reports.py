@@ -56,7 +56,7 @@ class EvictionReport:
 
 @dataclass(frozen=True, eq=False)
 class LayerReport:
-    """What one layer of a cache holds now.
+    """What one layer of a cache holds now; tensors are on the CPU.
 
     Attributes:
         layer_idx: the layer's index in the cache.
@@ -164,7 +164,7 @@ def _report_evicted(layer_idx: int, store: LayerSlots) -> LayerReport:
     heads = store.buckets[0].keys.shape[1] * (1 if store.members is None else store.num_lists)
     modality = tags[..., MODALITY].where(tags[..., COLUMN] >= 0, -1)
     counts = torch.stack([(modality == code).sum(-1) for code in range(len(MODALITY_NAMES))], -1)
-    counts = counts.expand(-1, heads, -1)
+    counts = counts.expand(-1, heads, -1).cpu()
     row_bytes = sum(
         t.shape[-1] * t.element_size() for t in (store.buckets[0].keys, store.buckets[0].values)
     )
