@@ -829,8 +829,8 @@ MUTATIONS = [
         (
             "columns behind the first 256 left out",
             MATCH,
-            "row && d < op.dim; d += kWarpSize * 8",
-            "row && d < min(op.dim, int64_t{256}); d += kWarpSize * 8",
+            "row && eight * 8 < op.dim;",
+            "row && eight * 8 < min(op.dim, int64_t{256});",
         ),
         (
             "targets stand where sources do",

@@ -113,9 +113,10 @@ __global__ void __launch_bounds__(kThreads) token_norm_kernel(const MatchParams 
   const char* row = TokenRows<kElementBytes<dtype>>(op, list).address(tokens, own_place);
 
   float sum = 0.0f;
-  for (int64_t d = lane_index() * 8; row && d < op.dim; d += kWarpSize * 8) {
+  const int row_bytes = static_cast<int>(op.dim) * kElementBytes<dtype>;
+  for (int eight = lane_index(); row && eight * 8 < op.dim; eight += kWarpSize) {
     EightElements<dtype> vector;
-    vector.load(row + d * kElementBytes<dtype>, params.aligned);
+    vector.read(row, eight, row_bytes, params.aligned);
     float elements[8];
     vector.to_floats(elements);
 #pragma unroll

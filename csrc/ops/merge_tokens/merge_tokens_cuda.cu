@@ -152,7 +152,7 @@ __device__ __forceinline__ void merge_columns(const MergePair* begin, const Merg
                                               char* columns, int64_t row_bytes, bool aligned) {
   const auto add = [&](float (&sums)[8], int32_t token) {
     EightElements<dtype> row;
-    row.load(columns + token * row_bytes, aligned);
+    row.read(columns + token * row_bytes, 0, 8 * kElementBytes<dtype>, aligned);
     float elements[8];
     row.to_floats(elements);
     const float weight = scale.plain ? 1.0f : weights[token];
