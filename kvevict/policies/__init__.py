@@ -95,7 +95,7 @@ def _mixkv(*, host: str = "snapkv", **fields: Any) -> MixKV:
 
 
 # By the name of the module.
-_POLICIES: dict[str, Callable[..., PrefillPolicy]] = {
+_POLICIES: dict[str, Callable[..., PrefillPolicy | LayerPolicy]] = {
     "adakv": AdaKV,
     "chunkkv": ChunkKV,
     "corm": CORM,
@@ -104,6 +104,7 @@ _POLICIES: dict[str, Callable[..., PrefillPolicy]] = {
     "h2o": H2O,
     "hae": HAE,
     "keydiff": KeyDiff,
+    "lightkv": LightKV,
     "mixkv": _mixkv,
     "prefixkv": PrefixKV,
     "pyramidkv": PyramidKV,
@@ -116,12 +117,20 @@ _POLICIES: dict[str, Callable[..., PrefillPolicy]] = {
 }
 
 
-def list() -> builtins.list[str]:
-    """Return the names that `get` knows."""
-    return sorted(_POLICIES)
+# These have no budget: what they leave depends on the prompt alone.
+_WITHOUT_KEEP = frozenset({"lightkv"})
 
 
-def get(name: str, **fields: Any) -> PrefillPolicy:
+def list(*, with_keep: bool = False) -> builtins.list[str]:
+    """Return the names that `get` knows.
+
+    Args:
+        with_keep: only of policies that take a budget, `keep`.
+    """
+    return sorted(_POLICIES.keys() - _WITHOUT_KEEP if with_keep else _POLICIES)
+
+
+def get(name: str, **fields: Any) -> PrefillPolicy | LayerPolicy:
     """Build a policy by name, e.g. `get("snapkv", keep=64, window=16)`.
 
     "mixkv" takes the name of its host and the host's fields: `get("mixkv", host="adakv", keep=64)`.

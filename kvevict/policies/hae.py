@@ -239,7 +239,7 @@ class HAE(Policy):
         key: Tensor,
         prompt: Prompt,
         *,
-        layer_idx: int,
+        stage: int,
         scores: LayerScores | None = None,
         sm_scale: float | None = None,
     ) -> Shortening | None:

@@ -14,6 +14,9 @@ from kvevict.ops.enums import HeadReduction
 from kvevict.policies.base import LayerScores, Prompt, Selection
 from kvevict.policies.between import Shortening
 
+DEPTHS = (3 / 8, 9 / 16, 3 / 4)
+"""Of the published stages, as shares of the model's layers."""
+
 
 @dataclass(frozen=True)
 class LightKV:
@@ -43,7 +46,8 @@ class LightKV:
     - where all weights of a group are zero, the plain mean.
 
     Attributes:
-        merge_layers: the layers behind which tokens are merged.
+        merge_layers: the layers behind which tokens are merged, one per stage. None = at 3/8, 9/16
+            and 3/4 of the model's depth: layers 12, 18 and 24 of 32, as published.
         windows: windows per side of an image, for every stage, or one for all.
         drop: the share of the tokens that goes at a stage, for every stage, or one for all.
         guidance: weights of the mean: "text" or "uniform".
@@ -53,7 +57,7 @@ class LightKV:
             place in the "conversation", as released, or follow the "stored" rows.
     """
 
-    merge_layers: tuple[int, ...] = (12, 18, 24)
+    merge_layers: tuple[int, ...] | None = None
     windows: tuple[int, ...] = (4, 2, 1)
     drop: tuple[float, ...] = (0.5, 0.5, 0.5)
     guidance: Literal["text", "uniform"] = "text"
@@ -62,13 +66,16 @@ class LightKV:
 
     def __post_init__(self) -> None:
         layers = self.merge_layers
-        if not layers or list(layers) != sorted({*layers}) or layers[0] < 0:
+        if layers is not None and (
+            not layers or list(layers) != sorted({*layers}) or layers[0] < 0
+        ):
             raise ValueError(f"LightKV: merge_layers must ascend from at least 0, got {layers}")
+        num_stages = len(DEPTHS if layers is None else layers)
         for name in ("windows", "drop"):
             values = getattr(self, name)
-            if len(values) not in (1, len(layers)):
+            if len(values) not in (1, num_stages):
                 raise ValueError(
-                    f"LightKV: {name} must have 1 or {len(layers)} values, got {values}"
+                    f"LightKV: {name} must have 1 or {num_stages} values, got {values}"
                 )
         if any(isinstance(w, bool) or not isinstance(w, int) or w < 1 for w in self.windows):
             raise ValueError(f"LightKV: windows must be ints of at least 1, got {self.windows}")
@@ -83,17 +90,20 @@ class LightKV:
                 raise ValueError(f"LightKV: {name} must be {allowed}, got {getattr(self, name)!r}")
 
     def shortening_layers(self, num_layers: int) -> tuple[int, ...]:
-        """Return `merge_layers`.
+        """Return `merge_layers`, or those of its default.
 
         Raises:
-            ValueError: if the model has fewer layers.
+            ValueError: if the model has fewer layers, or fewer than 4 where they are by default.
         """
-        if self.merge_layers[-1] >= num_layers:
+        layers = self.merge_layers
+        if layers is None:
+            layers = tuple(int(num_layers * depth) for depth in DEPTHS)
+        if layers[-1] >= num_layers or len({*layers}) < len(layers):
             raise ValueError(
-                f"LightKV: merge_layers must be below the number of layers, {num_layers}, got "
-                f"{self.merge_layers}"
+                f"LightKV: merge_layers must be different layers below {num_layers}, the number of "
+                f"the model's, got {layers}"
             )
-        return self.merge_layers
+        return layers
 
     def shorten(
         self,
@@ -102,12 +112,11 @@ class LightKV:
         key: Tensor,
         prompt: Prompt,
         *,
-        layer_idx: int,
+        stage: int,
         scores: LayerScores | None = None,
         sm_scale: float | None = None,
     ) -> Shortening | None:
         """Merge. Synchronizes with the device for the number of rows that are left."""
-        stage = self.merge_layers.index(layer_idx)
         plan = plan_windows(
             prompt, self.windows[stage % len(self.windows)], self.drop[stage % len(self.drop)]
         )

@@ -55,7 +55,7 @@ NUM_NEW = 10
 def matrix() -> Iterator[Any]:
     """Yield all cases; of a policy and a model one after the other is not slow."""
     shapes = [(batch, dtype) for dtype in DTYPES for batch in BATCHES]
-    for i, name in enumerate(policies.list()):
+    for i, name in enumerate(policies.list(with_keep=True)):
         for j, model_name in enumerate(MODELS):
             for k, (batch, dtype) in enumerate(shapes):
                 marks = [] if k == (i + j) % len(shapes) else [pytest.mark.slow]

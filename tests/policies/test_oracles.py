@@ -21,7 +21,7 @@ from tests.policies.oracles import ORACLES, Sequence, keep_by_oracle
 
 
 def test_every_policy_has_cases_and_an_oracle() -> None:
-    assert sorted(FIELDS) == sorted(ORACLES) == policies.list()
+    assert sorted(FIELDS) == sorted(ORACLES) == policies.list(with_keep=True)
 
 
 @pytest.mark.parametrize("prompt_name", PROMPTS)

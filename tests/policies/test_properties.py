@@ -111,7 +111,7 @@ def test_heads_of_a_group_are_interchangeable_and_groups_go_with_their_lists(cas
 # Budgets
 
 
-@pytest.mark.parametrize("name", policies.list())
+@pytest.mark.parametrize("name", policies.list(with_keep=True))
 @pytest.mark.parametrize("keep", [1.0, 1.5, 20, 1000])
 def test_keeping_all_moves_nothing(name: str, keep: float | int) -> None:
     prompt = make_prompt("tttiiiiiiiiiittttttt", "....ttiiiiiiiiittttt")
@@ -133,7 +133,7 @@ EXCESS: dict[str, Callable[[Any, int], float]] = {
 
 
 @pytest.mark.parametrize("keep", [0.02, 0.1, 0.3, 0.9, 1, 2, 5, 40, 229])
-@pytest.mark.parametrize("name", policies.list())
+@pytest.mark.parametrize("name", policies.list(with_keep=True))
 def test_everything_that_stays_is_inside_keep(name: str, keep: float | int) -> None:
     """Sinks, windows, whole layers and all: the mean over layers and lists, with default fields."""
     policy = policies.get(name, keep=keep)
@@ -149,7 +149,7 @@ def test_everything_that_stays_is_inside_keep(name: str, keep: float | int) -> N
             assert len(kept) >= 1
 
 
-@pytest.mark.parametrize("name", policies.list())
+@pytest.mark.parametrize("name", policies.list(with_keep=True))
 def test_a_method_without_a_budget_says_so(name: str) -> None:
     """`keep` may be left out where the method finds the number itself, and only there."""
     prompt = make_prompt(LONG_ROW)
@@ -253,7 +253,7 @@ def test_registry() -> None:
         policies.get("snapkv", keep=0.1, speed=3)
 
 
-@pytest.mark.parametrize("name", policies.list())
+@pytest.mark.parametrize("name", policies.list(with_keep=True))
 def test_a_policy_is_a_frozen_dataclass_in_a_file_of_its_name(name: str) -> None:
     policy = policies.get(name, keep=0.25)
     assert isinstance(policy, policies.PrefillPolicy)

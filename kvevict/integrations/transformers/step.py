@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -41,7 +41,7 @@ class Step:
         cache: the model's cache, dynamic.
         num_new: new columns.
         every_turn: later turns are evicted, too.
-        shortening: the layers behind which a `LayerPolicy` is asked.
+        shortening: the layers behind which a `LayerPolicy` is asked, ascending.
         modality_of: gives the modality of the last columns, from (key, num_columns, seen_len).
         rotate: gives position embeddings, from (hidden_states, positions).
     """
@@ -53,7 +53,7 @@ class Step:
         num_new: int,
         *,
         every_turn: bool,
-        shortening: frozenset[int],
+        shortening: Sequence[int],
         modality_of: Callable[[Tensor, int, int], Tensor],
         rotate: Callable[[Tensor, Tensor], Any],
     ) -> None:
@@ -65,7 +65,7 @@ class Step:
         self.decodes = isinstance(policy, DecodePolicy) and policy.evicts_while_decoding
         is_prompt = num_new > 1 or self.decodes
         self.evicts = (self.is_first and is_prompt) or (every_turn and num_new > 1)
-        self.shortening = shortening if self.is_first and num_new > 1 else frozenset()
+        self.shortening = tuple(shortening) if self.is_first and num_new > 1 else ()
         self.modality_of = modality_of
         self.rotate = rotate
         self.mask: Tensor | None = None
@@ -287,7 +287,7 @@ class Step:
             query,
             key,
             self.prompts[index][0],
-            layer_idx=index,
+            stage=self.shortening.index(index),
             scores=self.scores[index],
             sm_scale=scaling,
         )
