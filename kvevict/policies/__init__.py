@@ -19,7 +19,6 @@ from kvevict.policies.base import (
     Selection,
     SharingPolicy,
     compact_layers,
-    evict_prompt,
     select_layers,
 )
 from kvevict.policies.between import LayerPolicy, Shortening
@@ -27,11 +26,14 @@ from kvevict.policies.chunkkv import ChunkKV
 from kvevict.policies.corm import CORM
 from kvevict.policies.dbudgetkv import DBudgetKV
 from kvevict.policies.decode import DecodePolicy, Victims
+from kvevict.policies.engine import evict_prompt
 from kvevict.policies.flashcache import FlashCache
 from kvevict.policies.h2o import H2O
 from kvevict.policies.hae import HAE
 from kvevict.policies.keydiff import KeyDiff
 from kvevict.policies.lightkv import LightKV
+from kvevict.policies.look_m import LookM
+from kvevict.policies.merging import Merged, MergingPolicy, merge_layers
 from kvevict.policies.mixkv import MixKV
 from kvevict.policies.prefixkv import PrefixKV
 from kvevict.policies.pyramidkv import PyramidKV
@@ -61,6 +63,9 @@ __all__ = [
     "LayerPolicy",
     "LayerScores",
     "LightKV",
+    "LookM",
+    "Merged",
+    "MergingPolicy",
     "MixKV",
     "Policy",
     "PrefillPolicy",
@@ -79,6 +84,7 @@ __all__ = [
     "evict_prompt",
     "get",
     "list",
+    "merge_layers",
     "select_layers",
 ]
 
@@ -104,6 +110,7 @@ _POLICIES: dict[str, Callable[..., PrefillPolicy]] = {
     "h2o": H2O,
     "hae": HAE,
     "keydiff": KeyDiff,
+    "look_m": LookM,
     "mixkv": _mixkv,
     "prefixkv": PrefixKV,
     "pyramidkv": PyramidKV,

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kvevict import ops
 from kvevict.ops.enums import HeadReduction
+from kvevict.policies._lists import in_list
 from kvevict.policies.base import LayerScores, Prompt, Selection
 from kvevict.policies.between import Shortening
 
@@ -126,9 +127,7 @@ class LightKV:
         matched = match[:, 0].where(chosen, -1)
         ops.merge_tokens_([merged[:, None]], source[:, None], matched[:, None], weight)
 
-        gone = torch.zeros(len(source), kv_len + 1, dtype=torch.bool, device=source.device)
-        gone.scatter_(1, source.where(chosen, kv_len).long(), True)
-        kept = prompt.valid & ~gone[:, :kv_len]
+        kept = prompt.valid & ~in_list(source.where(chosen, -1), kv_len)
         lens = kept.sum(1)
         counts: list[list[int]] = torch.stack([lens, prompt.lens]).tolist()
         if counts[0] == counts[1]:

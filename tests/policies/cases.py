@@ -65,6 +65,11 @@ FIELDS: dict[str, list[dict[str, Any]]] = {
         {"kappa": 1.2, "alpha": 1.0, "keep": 0.4},
     ],
     "keydiff": [{"keep": 0.4}, {"keep": 7, "num_sink": 0}],
+    "look_m": [
+        {"keep": 0.4},
+        {"keep": 7, "num_sink": 1, "recent_share": 0.3, "merging": "weighted"},
+        {"keep": 0.5, "recent_share": 1.0, "merging": "average"},
+    ],
     "mixkv": [
         {"keep": 0.4, "window": 4},
         {"keep": 11, "window": 3, "num_sink": 1, "host": "adakv", "pool_kernel": 1},

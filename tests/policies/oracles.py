@@ -161,6 +161,21 @@ def h2o(policy: Any, s: Sequence) -> Kept:
     return kept
 
 
+def look_m(policy: Any, s: Sequence) -> Kept:
+    budget = tokens_of(policy.keep, s.length)
+    recent = math.floor(budget * policy.recent_share + 1e-6)
+    forced = forced_of(policy, s.length, budget, recent)
+    others = [j for j in range(s.length) if j not in forced]
+    kept = []
+    for attention in s.attention:
+        lists = []
+        for row in s.of_groups(attention.sum(1)):
+            order = sorted(others, key=lambda j: (j in s.vision, -float(row[j]), j))
+            lists.append(sorted([*forced, *order[: budget - len(forced)]]))
+        kept.append(lists)
+    return kept
+
+
 def snap_forced(policy: Any, s: Sequence) -> set[int]:
     return forced_of(policy, s.length, tokens_of(policy.keep, s.length), policy.window)
 
@@ -471,6 +486,7 @@ ORACLES: dict[str, Callable[[Any, Sequence], Kept]] = {
     "h2o": h2o,
     "hae": hae,
     "keydiff": keydiff,
+    "look_m": look_m,
     "mixkv": mixkv,
     "prefixkv": prefixkv,
     "pyramidkv": pyramidkv,

@@ -258,6 +258,8 @@ def test_a_forced_sink_survives_a_window_that_ignores_it() -> None:
         (lambda: get("dbudgetkv", tolerance=2), r"tolerance must be in \[0, 1\]"),
         (lambda: get("flashcache", keep=0.1, cutoff=-0.1), r"cutoff must be in \[0, 1\]"),
         (lambda: get("h2o", keep=0.1, recent_share=True), "recent_share must be in"),
+        (lambda: get("look_m", keep=0.1, recent_share=2), "recent_share must be in"),
+        (lambda: get("look_m", keep=0.1, merging="sum"), "'pivot' or 'average' or 'weighted'"),
         (lambda: get("mixkv", host="h2o", keep=0.1), "host of mixkv must be one of"),
         (lambda: get("mixkv", keep=0.1, window=0), "SnapKV: window must be an int"),
         (lambda: MixKV(get("chunkkv", keep=0.1)), "MixKV: host must be SnapKV, PyramidKV or AdaKV"),  # type: ignore[arg-type]
