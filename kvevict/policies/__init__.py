@@ -30,6 +30,7 @@ from kvevict.policies.engine import evict_prompt
 from kvevict.policies.flashcache import FlashCache
 from kvevict.policies.h2o import H2O
 from kvevict.policies.hae import HAE
+from kvevict.policies.keepkv import KeepKV
 from kvevict.policies.keydiff import KeyDiff
 from kvevict.policies.lightkv import LightKV
 from kvevict.policies.look_m import LookM
@@ -43,6 +44,7 @@ from kvevict.policies.streaming_llm import StreamingLLM
 from kvevict.policies.tgv_kv import TGVKV
 from kvevict.policies.tova import TOVA
 from kvevict.policies.vl_cache import VLCache
+from kvevict.policies.zsmerge import ZSMerge
 
 __all__ = [
     "AUDIO",
@@ -59,6 +61,7 @@ __all__ = [
     "DBudgetKV",
     "DecodePolicy",
     "FlashCache",
+    "KeepKV",
     "KeyDiff",
     "LayerPolicy",
     "LayerScores",
@@ -80,6 +83,7 @@ __all__ = [
     "StreamingLLM",
     "VLCache",
     "Victims",
+    "ZSMerge",
     "compact_layers",
     "evict_prompt",
     "get",
@@ -109,6 +113,7 @@ _POLICIES: dict[str, Callable[..., PrefillPolicy]] = {
     "flashcache": FlashCache,
     "h2o": H2O,
     "hae": HAE,
+    "keepkv": KeepKV,
     "keydiff": KeyDiff,
     "look_m": LookM,
     "mixkv": _mixkv,
@@ -120,6 +125,7 @@ _POLICIES: dict[str, Callable[..., PrefillPolicy]] = {
     "tgv_kv": TGVKV,
     "tova": TOVA,
     "vl_cache": VLCache,
+    "zsmerge": ZSMerge,
 }
 
 

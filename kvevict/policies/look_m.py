@@ -11,7 +11,7 @@ from torch import Tensor
 from kvevict import ops
 from kvevict.policies._shares import floor_share
 from kvevict.policies.base import LayerScores, Policy, Prompt, Selection
-from kvevict.policies.merging import Merged, count_matches, match_evicted
+from kvevict.policies.merging import Merged, match_evicted, merge_by_similarity, sum_groups
 
 
 @dataclass(frozen=True)
@@ -66,27 +66,7 @@ class LookM(Policy):
             weight = torch.ones(match.shape, device=key.device)
             if self.merging == "pivot":
                 # (c + sum of (e + c) / 2) / (n + 1), all weights times 2.
-                weight = weight.where(sources >= 0, count_matches(match) + 2)
+                count = sum_groups(weight[..., None], sources, match)[..., 0]
+                weight = weight.where(match >= 0, count + 1)
             ops.merge_tokens_([key, value], sources, match, weight)
         return Merged(layer)
-
-
-def merge_by_similarity(
-    tensors: list[Tensor], source_index: Tensor, match_index: Tensor, similarity: Tensor
-) -> None:
-    """Turn targets c of n sources e into (c + sum of similarity * e) / (n + 1), in place.
-
-    Args:
-        tensors: [batch_size, num_kv_heads, kv_len, head_dim] each.
-        source_index: [batch_size, 1 | num_kv_heads, kv_len] int32, the place of a source holds it.
-        match_index: [batch_size, num_kv_heads, kv_len] int32.
-        similarity: like match_index float32.
-    """
-    share = 1 / (count_matches(match_index) + 1)
-    of_target = share[
-        torch.arange(share.shape[0], device=share.device)[:, None, None],
-        torch.arange(share.shape[1], device=share.device)[:, None],
-        match_index.long(),
-    ]
-    weight = (similarity * of_target).where(match_index >= 0, share)
-    ops.merge_tokens_(tensors, source_index, match_index, weight, normalize=False)

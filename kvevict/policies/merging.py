@@ -20,7 +20,7 @@ from torch import Tensor
 
 from kvevict import ops
 from kvevict.ops.enums import Metric
-from kvevict.policies._lists import in_list
+from kvevict.policies._lists import at, in_list
 from kvevict.policies.base import LayerScores, Prompt, Selection
 
 
@@ -123,9 +123,36 @@ def match_evicted(
     return sources, match.where(similarity > -torch.inf, -1), similarity
 
 
-def count_matches(match_index: Tensor) -> Tensor:
-    """Return how many keys are matched to each [batch_size, num_kv_heads, kv_len] float32."""
-    is_matched = match_index >= 0
-    count = torch.zeros(match_index.shape, device=match_index.device)
-    # Sums of ones are exact in any order.
-    return count.scatter_add_(2, match_index.clamp(min=0).long(), is_matched.float())
+def sum_groups(values: Tensor, source_index: Tensor, match_index: Tensor) -> Tensor:
+    """Add up what is merged: a target's own value and those of its sources, in their order.
+
+    Args:
+        values: [batch_size, num_kv_heads, kv_len, n] float32, n at most 8.
+        source_index: [batch_size, 1 | num_kv_heads, num_sources] int32.
+        match_index: [batch_size, num_kv_heads, num_sources] int32.
+
+    Returns:
+        Like values; of keys that are no target, their own.
+    """
+    sums = torch.nn.functional.pad(values, (0, 8 - values.shape[3]))
+    one = torch.ones(values.shape[:3], device=values.device)
+    ops.merge_tokens_([sums], source_index, match_index, one, normalize=False)
+    return sums[..., : values.shape[3]]
+
+
+def merge_by_similarity(
+    tensors: Sequence[Tensor], source_index: Tensor, match_index: Tensor, similarity: Tensor
+) -> None:
+    """Turn targets c of n sources e into (c + sum of similarity * e) / (n + 1), in place.
+
+    Args:
+        tensors: [batch_size, num_kv_heads, kv_len, head_dim] each.
+        source_index: [batch_size, 1 | num_kv_heads, kv_len] int32; a source is in its own place.
+        match_index: [batch_size, num_kv_heads, kv_len] int32.
+        similarity: like match_index float32.
+    """
+    one = torch.ones((*match_index.shape, 1), device=match_index.device)
+    share = 1 / sum_groups(one, source_index, match_index)[..., 0]
+    is_source = match_index >= 0
+    weight = (similarity * at(share, match_index)).where(is_source, share)
+    ops.merge_tokens_(tensors, source_index, match_index, weight, normalize=False)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.policies.oracles import Kept, Sequence
+from tests.policies.oracles import Kept, Sequence, zsmerge_parts
 
 Groups = dict[int, list[int]]
 """The keys that are merged into each kept one, itself not among them."""
@@ -77,8 +77,49 @@ def look_m(policy: Any, s: Sequence, layer: int, kept: list[list[int]]) -> Store
     return stored
 
 
+def zsmerge(policy: Any, s: Sequence, layer: int, kept: list[list[int]]) -> Stored:
+    stored = Stored.of(s, layer)
+    _, residual = zsmerge_parts(policy, s, layer)
+    for head, groups in enumerate(residual):
+        for group in groups:
+            stored.keys[head, group[0]] = s.keys[layer][head, group].double().mean(0)
+            stored.values[head, group[0]] = s.values[layer][head, group].double().mean(0)
+            stored.weights[head, group[0]] = len(group)
+    return stored
+
+
+def keepkv(policy: Any, s: Sequence, layer: int, kept: list[list[int]]) -> Stored:
+    stored = Stored.of(s, layer)
+    group_size = len(s.queries[layer]) // len(s.keys[layer])
+    rows = range(max(s.length - policy.window, 0), s.length)
+    parts = torch.tensor([policy.decay ** (s.length - 1 - i) for i in rows], dtype=torch.float64)
+    for head, own in enumerate(kept):
+        key, value = stored.keys[head].clone(), stored.values[head].clone()
+        queries = s.queries[layer][head * group_size : (head + 1) * group_size, rows].double()
+        query = (queries.mean(0) * parts[:, None]).sum(0) / parts.sum() / key.shape[1] ** 0.5
+        groups, best = nearest(s.keys[layer][head], own)
+        for c, members in groups.items():
+            group = [c, *(e for e in members if best[e] >= policy.similarity)]
+            if len(group) == 1:
+                continue
+            logits = key[group] @ query
+            e = logits.exp()
+            mean = (e[:, None] * key[group]).sum(0) / e.sum()
+            stored.values[head, c] = (e[:, None] * value[group]).sum(0) / e.sum()
+            factor = float((e.sum() / len(group)).log() / (e * logits).sum()) * float(e.sum())
+            if 0.5 <= factor <= 2:
+                stored.keys[head, c] = factor * mean
+                stored.weights[head, c] = len(group)
+            else:
+                stored.keys[head, c] = mean
+                stored.weights[head, c] = e.sum() / (query @ mean).exp()
+    return stored
+
+
 MERGES: dict[str, Callable[[Any, Sequence, int, list[list[int]]], Stored]] = {
+    "keepkv": keepkv,
     "look_m": look_m,
+    "zsmerge": zsmerge,
 }
 
 

@@ -226,44 +226,6 @@ def test_chunkkv_reuses_the_first_layer_of_a_run() -> None:
     ]
 
 
-# Methods that merge
-
-
-def merging_example() -> dict[str, Any]:
-    """Return six tokens of uniform attention, one head; keys and values on two axes."""
-    states = torch.zeros(2, 1, 1, 6, 8)
-    states[0, 0, 0, :, :2] = torch.tensor([(4.0, 0), (0, 2), (3, 1), (1, 3), (5, 0), (0, 4)])
-    states[1, 0, 0, :, :2] = torch.tensor([(1.0, 0), (2, 0), (3, 0), (4, 0), (5, 0), (6, 0)])
-    return {
-        "queries": [torch.zeros(1, 1, 6, 8)],
-        "keys": [states[0]],
-        "values": [states[1]],
-    }
-
-
-@pytest.mark.parametrize(
-    ("merging", "key", "value"),
-    [
-        # Targets: 0 of 2 and 4 (cosines 3 / sqrt(10) and 1), 1 of 3 (3 / sqrt(10)).
-        ("pivot", [(4, 1 / 6), (0.25, 2.25), (0, 4)], [2, 2.5, 6]),
-        ("average", [(4, 1 / 3), (0.5, 2.5), (0, 4)], [3, 3, 6]),
-        ("weighted", [(3.948683, 0.316228), (0.474342, 2.423025), (0, 4)], [2.948683, 2.897367, 6]),
-    ],
-)
-def test_look_m(merging: Any, key: Any, value: Any) -> None:
-    """Text 0, 1 and 5 stays, whatever its scores; vision 2, 3 and 4 is merged into it."""
-    policy = policies.LookM(keep=3, num_sink=1, recent_share=0.4, merging=merging)
-    keys, values, selections = policies.evict_prompt(
-        policy, prompt=make_prompt("ttiiit"), **merging_example()
-    )
-    assert selections is not None
-    assert kept_lists(selections[0]) == [[[0, 1, 5]]]
-    assert selections[0].weights is None
-    expected = torch.tensor(key, dtype=torch.float32)
-    torch.testing.assert_close(keys[0][0, 0, :, :2], expected, rtol=0, atol=1e-6)
-    assert values[0][0, 0, :, 0].tolist() == pytest.approx(value, abs=1e-6)
-
-
 # The others
 
 
