@@ -19,7 +19,6 @@ from kvevict.policies.base import (
     Selection,
     SharingPolicy,
     compact_layers,
-    evict_prompt,
     select_layers,
 )
 from kvevict.policies.between import LayerPolicy, Shortening
@@ -27,11 +26,15 @@ from kvevict.policies.chunkkv import ChunkKV
 from kvevict.policies.corm import CORM
 from kvevict.policies.dbudgetkv import DBudgetKV
 from kvevict.policies.decode import DecodePolicy, Victims
+from kvevict.policies.engine import evict_prompt
 from kvevict.policies.flashcache import FlashCache
 from kvevict.policies.h2o import H2O
 from kvevict.policies.hae import HAE
+from kvevict.policies.keepkv import KeepKV
 from kvevict.policies.keydiff import KeyDiff
 from kvevict.policies.lightkv import LightKV
+from kvevict.policies.look_m import LookM
+from kvevict.policies.merging import Merged, MergingPolicy, merge_layers
 from kvevict.policies.mixkv import MixKV
 from kvevict.policies.prefixkv import PrefixKV
 from kvevict.policies.pyramidkv import PyramidKV
@@ -41,6 +44,7 @@ from kvevict.policies.streaming_llm import StreamingLLM
 from kvevict.policies.tgv_kv import TGVKV
 from kvevict.policies.tova import TOVA
 from kvevict.policies.vl_cache import VLCache
+from kvevict.policies.zsmerge import ZSMerge
 
 __all__ = [
     "AUDIO",
@@ -57,10 +61,14 @@ __all__ = [
     "DBudgetKV",
     "DecodePolicy",
     "FlashCache",
+    "KeepKV",
     "KeyDiff",
     "LayerPolicy",
     "LayerScores",
     "LightKV",
+    "LookM",
+    "Merged",
+    "MergingPolicy",
     "MixKV",
     "Policy",
     "PrefillPolicy",
@@ -75,10 +83,12 @@ __all__ = [
     "StreamingLLM",
     "VLCache",
     "Victims",
+    "ZSMerge",
     "compact_layers",
     "evict_prompt",
     "get",
     "list",
+    "merge_layers",
     "select_layers",
 ]
 
@@ -103,8 +113,10 @@ _POLICIES: dict[str, Callable[..., PrefillPolicy | LayerPolicy]] = {
     "flashcache": FlashCache,
     "h2o": H2O,
     "hae": HAE,
+    "keepkv": KeepKV,
     "keydiff": KeyDiff,
     "lightkv": LightKV,
+    "look_m": LookM,
     "mixkv": _mixkv,
     "prefixkv": PrefixKV,
     "pyramidkv": PyramidKV,
@@ -114,6 +126,7 @@ _POLICIES: dict[str, Callable[..., PrefillPolicy | LayerPolicy]] = {
     "tgv_kv": TGVKV,
     "tova": TOVA,
     "vl_cache": VLCache,
+    "zsmerge": ZSMerge,
 }
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kvevict import ops
 from kvevict.ops.enums import HeadReduction
+from kvevict.policies._lists import in_list, part_of
 from kvevict.policies.base import LayerScores, Prompt, Selection
 from kvevict.policies.between import Shortening
 
@@ -135,9 +136,7 @@ class LightKV:
         matched = match[:, 0].where(chosen, -1)
         ops.merge_tokens_([merged[:, None]], source[:, None], matched[:, None], weight)
 
-        gone = torch.zeros(len(source), kv_len + 1, dtype=torch.bool, device=source.device)
-        gone.scatter_(1, source.where(chosen, kv_len).long(), True)
-        kept = prompt.valid & ~gone[:, :kv_len]
+        kept = prompt.valid & ~in_list(source.where(chosen, -1), kv_len)
         lens = kept.sum(1)
         counts: list[list[int]] = torch.stack([lens, prompt.lens]).tolist()
         if counts[0] == counts[1]:
@@ -241,8 +240,8 @@ def plan_windows(prompt: Prompt, window: int, drop: float) -> Windows:
     first, length = _runs(kind)
     side = length.double().sqrt().ceil().long()
     token = place - first
-    group = (first * window + _part(token // side, side, window)) * window
-    group = group + _part(token % side, side, window)
+    group = (first * window + part_of(token // side, side, window)) * window
+    group = group + part_of(token % side, side, window)
     is_small = prompt.is_vision & (length < 8 * window**2)
     takes_part = prompt.is_vision & ~is_small.any(1, keepdim=True)
     none = prompt.kv_len * window**2
@@ -265,14 +264,3 @@ def _runs(values: Tensor) -> tuple[Tensor, Tensor]:
     is_last = torch.cat([changes[:, 1:], torch.ones_like(changes[:, :1])], 1)
     end = place.where(is_last, values.shape[1]).flip(1).cummin(1).values.flip(1)
     return begin, end - begin + 1
-
-
-def _part(place: Tensor, side: Tensor, window: int) -> Tensor:
-    """Return the part of a side that a place is in; the first `side % window` parts are longer."""
-    short, rest = side // window, side % window
-    split = rest * (short + 1)
-    return torch.where(
-        place < split,
-        place // (short + 1),
-        rest + (place - split) // short.clamp(min=1),
-    )

@@ -247,7 +247,7 @@ def test_registry() -> None:
     snapkv = policies.get("snapkv", keep=64, window=16)
     assert snapkv == policies.SnapKV(keep=64, window=16)
     assert isinstance(snapkv, policies.PrefillPolicy)
-    with pytest.raises(ValueError, match=r"name must be one of \['adakv', .*'vl_cache'\], got 'x'"):
+    with pytest.raises(ValueError, match=r"name must be one of \['adakv', .*'zsmerge'\], got 'x'"):
         policies.get("x")
     with pytest.raises(TypeError, match="speed"):
         policies.get("snapkv", keep=0.1, speed=3)
