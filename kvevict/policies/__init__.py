@@ -23,6 +23,7 @@ from kvevict.policies.base import (
     select_layers,
 )
 from kvevict.policies.between import LayerPolicy, Shortening
+from kvevict.policies.channels import ChannelPolicy
 from kvevict.policies.chunkkv import ChunkKV
 from kvevict.policies.corm import CORM
 from kvevict.policies.dbudgetkv import DBudgetKV
@@ -39,6 +40,7 @@ from kvevict.policies.random import Random
 from kvevict.policies.snapkv import SnapKV
 from kvevict.policies.streaming_llm import StreamingLLM
 from kvevict.policies.tgv_kv import TGVKV
+from kvevict.policies.think import KeepAll, ThinK
 from kvevict.policies.tova import TOVA
 from kvevict.policies.vl_cache import VLCache
 
@@ -53,10 +55,12 @@ __all__ = [
     "TOVA",
     "VIDEO",
     "AdaKV",
+    "ChannelPolicy",
     "ChunkKV",
     "DBudgetKV",
     "DecodePolicy",
     "FlashCache",
+    "KeepAll",
     "KeyDiff",
     "LayerPolicy",
     "LayerScores",
@@ -73,6 +77,7 @@ __all__ = [
     "Shortening",
     "SnapKV",
     "StreamingLLM",
+    "ThinK",
     "VLCache",
     "Victims",
     "compact_layers",
@@ -94,6 +99,29 @@ def _mixkv(*, host: str = "snapkv", **fields: Any) -> MixKV:
     return MixKV(hosts[host](**fields), **own)
 
 
+def _think(
+    *, host: str | PrefillPolicy | None = None, keep: float | int | None = None, **fields: Any
+) -> ThinK:
+    """Build ThinK over a host; fields that are not its own are the host's."""
+    own = {name: fields.pop(name) for name in ("ratio", "window", "num_recent") if name in fields}
+    if not isinstance(host, str | None):
+        if keep is not None or fields:
+            raise ValueError(
+                f"kvevict.policies.get: host of think has its own fields, got {host!r} and more"
+            )
+        return ThinK(host, **own)
+    if keep is not None:
+        fields["keep"] = keep
+    if host is None and not fields:
+        return ThinK(**own)
+    if host == "think" or (host is not None and host not in _POLICIES):
+        hosts = sorted(_POLICIES.keys() - {"think"})
+        raise ValueError(
+            f"kvevict.policies.get: host of think must be one of {hosts}, got {host!r}"
+        )
+    return ThinK(_POLICIES[host or "snapkv"](**fields), **own)
+
+
 # By the name of the module.
 _POLICIES: dict[str, Callable[..., PrefillPolicy]] = {
     "adakv": AdaKV,
@@ -111,6 +139,7 @@ _POLICIES: dict[str, Callable[..., PrefillPolicy]] = {
     "snapkv": SnapKV,
     "streaming_llm": StreamingLLM,
     "tgv_kv": TGVKV,
+    "think": _think,
     "tova": TOVA,
     "vl_cache": VLCache,
 }
@@ -125,6 +154,8 @@ def get(name: str, **fields: Any) -> PrefillPolicy:
     """Build a policy by name, e.g. `get("snapkv", keep=64, window=16)`.
 
     "mixkv" takes the name of its host and the host's fields: `get("mixkv", host="adakv", keep=64)`.
+    So does "think", but for fields of that name in `ThinK`; it takes a policy as its host, too.
+    Without a host's name its host is SnapKV, and without `keep` every token stays.
 
     Raises:
         ValueError: if there is no policy of that name.
