@@ -73,9 +73,8 @@ class PackedSlots(LayerSlots):
         Returns:
             [batch_size, qo_len, num_qo_heads, head_dim].
         """
-        batch_size, num_kv_heads, num_channels = self.channels.shape
-        groups = query.reshape(batch_size, num_kv_heads, -1, *query.shape[2:])
-        index = self.channels.long()[:, :, None, None].expand(*groups.shape[:-1], num_channels)
+        groups = _by_group(query, self.channels.shape[1])
+        index = self.channels.long()[:, :, None, None].expand(*groups.shape[:-1], -1)
         narrow = groups.gather(-1, index).flatten(1, 2)
         older = self.older.attend(narrow, mask, partial(attend_block, causal=False))
         newer = super().attend(query, mask, attend_block)
@@ -173,7 +172,7 @@ def attend_with_lse(
         the logits behind it. A row that sees nothing gets zeros and -inf.
     """
     qo_len, kv_len = query.shape[2], key.shape[2]
-    groups = (query * sm_scale).reshape(*key.shape[:2], -1, qo_len, query.shape[3])
+    groups = _by_group(query * sm_scale, key.shape[1])
     seen = None if visible is None else visible[:, :, None, None]
     column = torch.arange(kv_len, device=key.device)
     outputs = []
@@ -187,6 +186,13 @@ def attend_with_lse(
             logits = logits.masked_fill(~seen, -torch.inf)
         lse = logits.logsumexp(-1, keepdim=True)
         weights = (logits - lse.clamp(min=torch.finfo(lse.dtype).min)).exp().to(value.dtype)
-        output = (weights.flatten(2, 3) @ value).view(*rows.shape[:4], -1)
+        output = (weights.flatten(2, 3) @ value).view(*rows.shape[:4], value.shape[3])
         outputs.append(torch.cat([output.float(), lse], -1))
     return torch.cat(outputs, 3).flatten(1, 2).transpose(1, 2)
+
+
+def _by_group(query: Tensor, num_kv_heads: int) -> Tensor:
+    """Turn [batch_size, num_qo_heads, ...] into [batch_size, num_kv_heads, group_size, ...]."""
+    batch_size, num_qo_heads = query.shape[:2]
+    shape = (batch_size, num_kv_heads, num_qo_heads // num_kv_heads)
+    return query.reshape(*shape, *query.shape[2:])

@@ -103,7 +103,8 @@ class ThinK:
         rows = _last_rows(prompt, self.window)
         sequence = torch.arange(batch_size, device=key.device)[:, None]
         voters = query[sequence, :, rows.clamp(min=0)].masked_fill((rows < 0)[..., None, None], 0)
-        voters = voters.view(batch_size, rows.shape[1], num_kv_heads, -1, head_dim)
+        group_size = query.shape[1] // num_kv_heads
+        voters = voters.view(batch_size, rows.shape[1], num_kv_heads, group_size, head_dim)
         of_query = torch.linalg.vector_norm(voters, dim=(1, 3), dtype=torch.float32)
         if prompt.key_mask is not None:
             key = key.masked_fill(~prompt.key_mask[:, None, :, None], 0)
