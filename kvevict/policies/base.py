@@ -525,6 +525,9 @@ def evict_prompt(
 ) -> tuple[list[Tensor], list[Tensor], tuple[Selection, ...] | None]:
     """Run a policy over a prompt whose tensors are all at hand.
 
+    Channels that it drops (`ChannelPolicy`) are none of this function's business; see
+    `kvevict.channels`.
+
     Args:
         policy: what to keep.
         queries: one [batch_size, num_qo_heads, qo_len, head_dim] per layer.

@@ -65,6 +65,12 @@ def columns_of(layer: PackedSlots) -> list[list[int]]:
     ]
 
 
+def per_sequence(lists: list[list[int]]) -> list[list[list[int]]]:
+    """Return the lists of every sequence, head by head."""
+    num_lists = len(lists) // BATCH_SIZE
+    return [lists[h::num_lists] for h in range(num_lists)]
+
+
 def attend_by_loops(
     query: Tensor,
     keys: Tensor,
@@ -141,6 +147,10 @@ def test_attention_equals_the_loops(lens_name: str, num_recent: int) -> None:
         mask[2, KV_LEN + 2 : KV_LEN + 4] = False
         if count > 1:
             layer.note_turn(torch.ones(BATCH_SIZE, count), mask)
+            for own, left in zip(per_sequence(lists), per_sequence(columns_of(layer)), strict=True):
+                for b in range(BATCH_SIZE):
+                    seen = [*own[b], *range(KV_LEN, keys.shape[2])]
+                    assert left[b] == [j for j in seen if mask[b, j]]
         for given in (mask,) if keys.shape[2] > KV_LEN + 2 else (None, mask):
             actual = layer.attend(query, given, attend)
             expected = attend_by_loops(query, keys, values, lists, given, num_recent)
