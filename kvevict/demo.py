@@ -508,13 +508,11 @@ def prefill(task: Task, run: Run) -> Any:
 
 def answer(task: Task, num_new: int, run: Run, say: Progress, follow: Tensor | None = None) -> Run:
     """Answer greedily, one token at a time."""
+    from kvevict.integrations.transformers import report
+
     output = prefill(task, run)
     cache = output.past_key_values
-    run.kv_bytes = sum(
-        tensor.numel() * tensor.element_size()
-        for layer in cache.layers
-        for tensor in (layer.keys, layer.values)
-    )
+    run.kv_bytes = report(cache).bytes_stored
     logits = [output.logits[0, -1].float()]
     times = []
     for step in range(num_new - 1):

@@ -315,6 +315,15 @@ class Slots:
 
     # Removing
 
+    def narrow(self, channels: Tensor) -> None:
+        """Leave some channels of the keys, in fresh memory of exactly that size.
+
+        Args:
+            channels: [batch_size, num_kv_heads, num_channels] int32.
+        """
+        index = channels.long()[:, :, None].expand(-1, -1, self.stored, -1)
+        self._keys = self.keys.gather(3, index)
+
     def _forget(self, most: int, evicted_lens: Tensor | None) -> None:
         """Take the last slots, whose keys have moved into the holes, out of use."""
         if evicted_lens is None:
@@ -463,6 +472,16 @@ class LayerSlots:
         return cls([slots], batch_size=batch_size, num_lists=num_lists)
 
     @property
+    def blocks(self) -> tuple[Slots, ...]:
+        """Everything that holds keys and values."""
+        return self.buckets
+
+    @property
+    def is_one_block(self) -> bool:
+        """Whether `slots` is all there is."""
+        return self.members is None
+
+    @property
     def slots(self) -> Slots:
         """The only block.
 
@@ -481,12 +500,12 @@ class LayerSlots:
     @property
     def num_bytes(self) -> int:
         """Bytes of the storages of keys and values, slack included."""
-        return sum(bucket.num_bytes for bucket in self.buckets)
+        return sum(block.num_bytes for block in self.blocks)
 
     @property
     def num_bookkeeping_bytes(self) -> int:
         """Bytes of everything else that is kept per slot."""
-        return sum(bucket.num_bookkeeping_bytes for bucket in self.buckets)
+        return sum(block.num_bookkeeping_bytes for block in self.blocks)
 
     def _fold(self, tensor: Tensor) -> Tensor:
         """Turn [batch_size, heads, ...] into [batch_size * num_lists, heads per list, ...]."""
@@ -594,6 +613,15 @@ class LayerSlots:
         for block, members in zip(blocks, self.members, strict=True):
             united[members, :, : block.shape[2]] = block
         return united.reshape(self.batch_size, num_heads, longest, -1)
+
+    def narrow(self, channels: Tensor) -> None:
+        """Leave some channels of the keys; see `Slots.narrow`."""
+        if self.members is None:
+            self.slots.narrow(channels)
+            return
+        channels = self._fold(channels)
+        for bucket, members in zip(self.buckets, self.members, strict=True):
+            bucket.narrow(channels.index_select(0, members))
 
     def crop(self, num_tokens: int) -> None:
         """Take the last tokens back; see `Slots.crop`."""

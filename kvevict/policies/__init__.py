@@ -22,6 +22,7 @@ from kvevict.policies.base import (
     select_layers,
 )
 from kvevict.policies.between import LayerPolicy, Shortening
+from kvevict.policies.channels import ChannelPolicy
 from kvevict.policies.chunkkv import ChunkKV
 from kvevict.policies.corm import CORM
 from kvevict.policies.dbudgetkv import DBudgetKV
@@ -42,6 +43,7 @@ from kvevict.policies.random import Random
 from kvevict.policies.snapkv import SnapKV
 from kvevict.policies.streaming_llm import StreamingLLM
 from kvevict.policies.tgv_kv import TGVKV
+from kvevict.policies.think import KeepAll, ThinK
 from kvevict.policies.tova import TOVA
 from kvevict.policies.vl_cache import VLCache
 from kvevict.policies.zsmerge import ZSMerge
@@ -57,10 +59,12 @@ __all__ = [
     "TOVA",
     "VIDEO",
     "AdaKV",
+    "ChannelPolicy",
     "ChunkKV",
     "DBudgetKV",
     "DecodePolicy",
     "FlashCache",
+    "KeepAll",
     "KeepKV",
     "KeyDiff",
     "LayerPolicy",
@@ -81,6 +85,7 @@ __all__ = [
     "Shortening",
     "SnapKV",
     "StreamingLLM",
+    "ThinK",
     "VLCache",
     "Victims",
     "ZSMerge",
@@ -104,6 +109,30 @@ def _mixkv(*, host: str = "snapkv", **fields: Any) -> MixKV:
     return MixKV(hosts[host](**fields), **own)
 
 
+def _think(
+    *, host: str | PrefillPolicy | None = None, keep: float | int | None = None, **fields: Any
+) -> ThinK:
+    """Build ThinK over a host; fields that are not its own are the host's."""
+    own = {name: fields.pop(name) for name in ("ratio", "window", "num_recent") if name in fields}
+    if not isinstance(host, str | None):
+        if keep is not None or fields:
+            raise ValueError(
+                f"kvevict.policies.get: host of think has its own fields, got {host!r} and more"
+            )
+        return ThinK(host, **own)
+    if keep is not None:
+        fields["keep"] = keep
+    if host is None and not fields:
+        return ThinK(**own)
+    hosts = sorted(_POLICIES.keys() - _WITHOUT_KEEP - {"think"})
+    if host is not None and host not in hosts:
+        raise ValueError(
+            f"kvevict.policies.get: host of think must be one of {hosts}, got {host!r}"
+        )
+    build: Callable[..., Any] = _POLICIES[host or "snapkv"]
+    return ThinK(build(**fields), **own)
+
+
 # By the name of the module.
 _POLICIES: dict[str, Callable[..., PrefillPolicy | LayerPolicy]] = {
     "adakv": AdaKV,
@@ -124,6 +153,7 @@ _POLICIES: dict[str, Callable[..., PrefillPolicy | LayerPolicy]] = {
     "snapkv": SnapKV,
     "streaming_llm": StreamingLLM,
     "tgv_kv": TGVKV,
+    "think": _think,
     "tova": TOVA,
     "vl_cache": VLCache,
     "zsmerge": ZSMerge,
@@ -147,6 +177,8 @@ def get(name: str, **fields: Any) -> PrefillPolicy | LayerPolicy:
     """Build a policy by name, e.g. `get("snapkv", keep=64, window=16)`.
 
     "mixkv" takes the name of its host and the host's fields: `get("mixkv", host="adakv", keep=64)`.
+    So does "think", but for fields of that name in `ThinK`; it takes a policy as its host, too.
+    Without a host's name its host is SnapKV, and without `keep` every token stays.
 
     Raises:
         ValueError: if there is no policy of that name.

@@ -30,7 +30,8 @@ def evict_prompt(
 ) -> tuple[list[Tensor], list[Tensor], tuple[Selection, ...] | None]:
     """Run a policy over a prompt whose tensors are all at hand.
 
-    The tensors given are not written to: a `MergingPolicy` works on a copy of them.
+    The tensors given are not written to: a `MergingPolicy` works on a copy of them. Channels that
+    a `ChannelPolicy` drops are none of this function's business; see `kvevict.channels`.
 
     Args:
         policy: what to keep.

@@ -24,7 +24,7 @@ def tiny_demo(monkeypatch: pytest.MonkeyPatch) -> Any:
     return model
 
 
-@pytest.mark.parametrize("policy", ["tgv_kv", "adakv"])
+@pytest.mark.parametrize("policy", ["tgv_kv", "adakv", "think"])
 def test_demo(
     policy: str, tiny_demo: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -11,6 +11,8 @@ from torch import Tensor
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from kvevict.integrations.transformers import KeptLayer
+
 NAME = "kvevict_masked_reference"
 
 
@@ -20,6 +22,9 @@ class MaskedReference:
     `kept` maps a layer to [batch_size, 1 | num_kv_heads, prompt_len] bool. Without it the
     reference is ordinary attention. It records the query, key and value of every forward of more
     than one row: `recorded[layer][turn]`, and of one row: `steps[layer][step]`.
+
+    `faded` maps a layer to channels of its keys that are 0 for later rows, [batch_size,
+    num_kv_heads, prompt_len, head_dim] bool.
 
     `live` maps a layer to what each forward of the newest row sees, one after the other:
     [batch_size, 1 | num_kv_heads, kv_len] bool. `hidden` maps a layer to columns that no row of it
@@ -32,6 +37,7 @@ class MaskedReference:
     def __init__(self, prompt_len: int, kept: dict[int, Tensor] | None = None) -> None:
         self.prompt_len = prompt_len
         self.kept = kept or {}
+        self.faded: dict[int, Tensor] = {}
         self.live: dict[int, list[Tensor]] = {}
         self.hidden: dict[int, Tensor] = {}
         self.stored: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
@@ -77,6 +83,11 @@ class MaskedReference:
         if module.layer_idx in self.hidden:
             visible[..., : self.prompt_len] &= ~self.hidden[module.layer_idx][:, :, None]
         visible |= ~visible.any(-1, keepdim=True)
+        if module.layer_idx in self.faded and kv_len > self.prompt_len:
+            faded = self.faded[module.layer_idx]
+            faded = faded.repeat_interleave(batch_size // faded.shape[0], 0)
+            prompt = key[:, :, : self.prompt_len].masked_fill(faded, 0)
+            key = torch.cat([prompt, key[:, :, self.prompt_len :]], 2)
         logits = query.float() @ key.float().repeat_interleave(group_size, 1).mT * scaling + bias
         weights = logits.masked_fill(~visible, -torch.inf).softmax(-1)
         output = weights @ value.float().repeat_interleave(group_size, 1)
@@ -104,3 +115,13 @@ def kept_mask(kept_indices: Tensor, prompt_len: int) -> Tensor:
     mask = torch.zeros(*kept_indices.shape[:-1], prompt_len + 1, dtype=torch.bool)
     mask.scatter_(-1, kept_indices.where(kept_indices >= 0, prompt_len).long(), True)
     return mask[..., :prompt_len]
+
+
+def faded_mask(layer: KeptLayer, num_recent: int, prompt_len: int, head_dim: int) -> Tensor:
+    """Return the channels that the older of the kept keys lack, as `MaskedReference.faded`."""
+    assert layer.kept_channels is not None
+    slot = torch.arange(layer.kept_indices.shape[-1])
+    is_older = slot < layer.kept_lens[..., None] - num_recent
+    older = kept_mask(layer.kept_indices.where(is_older, -1), prompt_len)
+    stored = kept_mask(layer.kept_channels, head_dim)
+    return older[..., None] & ~stored[:, :, None]

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import kvevict
 from kvevict import policies
-from tests.integrations.masked_reference import kept_mask, masked_reference
+from tests.integrations.masked_reference import faded_mask, kept_mask, masked_reference
 from tests.integrations.tiny_models import (
     LONG_ROW,
     MODELS,
@@ -28,7 +28,7 @@ from tests.integrations.tiny_models import (
     make_inputs,
 )
 from tests.policies.merge_oracles import MERGES, Stored, merge_by_oracle
-from tests.policies.oracles import Sequence, keep_by_oracle
+from tests.policies.oracles import Sequence, keep_by_oracle, think_channels
 
 # What prompts of 33 to 58 tokens need other than the default.
 FIELDS: dict[str, dict[str, Any]] = {
@@ -43,6 +43,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "pyramidkv": {"window": 6, "num_sink": 2},
     "random": {"per_head": True},
     "snapkv": {"window": 8},
+    "think": {"host": "adakv", "window": 8, "num_recent": 4},
 }
 BATCHES = {
     "single": [ONE_IMAGE],
@@ -166,6 +167,9 @@ def test_a_policy_on_a_model(name: str, model_name: str, batch: str, dtype: str)
             lists = zip(layer.kept_indices[b].tolist(), layer.kept_lens[b].tolist(), strict=True)
             kept = [[j - padding for j in indices[:count]] for indices, count in lists]
             assert kept == expected * (len(kept) // len(expected))
+        if isinstance(policy, policies.ChannelPolicy):
+            channels = [layer.kept_channels for layer in eviction.kept]
+            assert [c[b].tolist() for c in channels] == think_channels(policy, sequence)
 
     # What the second turn computes, by a full cache, merged, with the rest masked.
     masks = {layer.layer_idx: kept_mask(layer.kept_indices, prompt_len) for layer in eviction.kept}
@@ -174,6 +178,11 @@ def test_a_policy_on_a_model(name: str, model_name: str, batch: str, dtype: str)
             for i, layer in enumerate(eviction.kept):
                 own = [sequence[i] for sequence in stored]
                 reference.stored[layer.layer_idx] = padded_batch(own, prompt_len)
+        if isinstance(policy, policies.ChannelPolicy):
+            reference.faded = {
+                layer.layer_idx: faded_mask(layer, policy.num_recent, prompt_len, 16)
+                for layer in eviction.kept
+            }
         expected, _ = two_turns(model, inputs)
     if dtype == "float32":
         torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4)

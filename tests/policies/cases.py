@@ -97,6 +97,11 @@ FIELDS: dict[str, list[dict[str, Any]]] = {
         {"keep": 0.4, "text_score": "released"},
         {"keep": 8, "num_sink": 2, "num_recent": 2, "redistribute": True},
     ],
+    "think": [
+        {"keep": 0.4},
+        {"keep": 9, "host": "adakv", "ratio": 0.6, "window": 4, "num_recent": 3},
+        {"keep": 0.5, "host": "tova", "ratio": 0.0},
+    ],
     "tova": [{"keep": 0.4}, {"keep": 6, "num_sink": 0}],
     "vl_cache": [
         {"keep": 0.4},

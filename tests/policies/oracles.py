@@ -511,6 +511,23 @@ def mixkv(policy: Any, s: Sequence) -> Kept:
     return kept
 
 
+def think(policy: Any, s: Sequence) -> Kept:
+    host = policy.host
+    return ORACLES[type(host).__module__.split(".")[-1]](host, s)
+
+
+def think_channels(policy: Any, s: Sequence) -> Kept:
+    """Return the channels that every layer and KV head keeps."""
+    kept = []
+    for query, key in zip(s.queries, s.keys, strict=True):
+        of_query = s.of_groups(query[:, -policy.window :].double().square().mean(1))
+        scores = of_query * key.double().square().mean(1)
+        head_dim = scores.shape[1]
+        count = head_dim - math.floor(head_dim * policy.ratio)
+        kept.append([sorted(best(range(head_dim), own, count)) for own in scores])
+    return kept
+
+
 def to_mean(values: Tensor, mean: Tensor) -> Tensor:
     """Bring values to [0, 1], then to a mean."""
     if not len(values):
@@ -537,6 +554,7 @@ ORACLES: dict[str, Callable[[Any, Sequence], Kept]] = {
     "snapkv": snapkv,
     "streaming_llm": streaming_llm,
     "tgv_kv": tgv_kv,
+    "think": think,
     "tova": tova,
     "vl_cache": vl_cache,
     "zsmerge": zsmerge,

@@ -22,12 +22,13 @@ from kvevict.integrations.transformers.reports import EvictionReport, KeptLayer
 from kvevict.integrations.transformers.step import Step
 from kvevict.policies.base import PrefillPolicy
 from kvevict.policies.between import LayerPolicy
+from kvevict.policies.channels import ChannelPolicy
 from kvevict.policies.decode import DecodePolicy
 
 ATTENTION_NAME = "kvevict"
 """The name under which attention and mask functions are registered with transformers."""
 
-Policy = PrefillPolicy | LayerPolicy | DecodePolicy
+Policy = PrefillPolicy | ChannelPolicy | LayerPolicy | DecodePolicy
 """What `evict` takes: an object with the methods of one or more of these protocols."""
 
 
@@ -46,6 +47,9 @@ def evict(
     `generate` expects, or only its new tokens, with the attention mask of the whole conversation
     if there is one. A prompt fed in chunks is evicted after its first chunk, so pass it whole.
 
+    A `ChannelPolicy` also drops channels of the older keys, for good: such a cache is not evicted
+    again, neither in a later turn nor while decoding.
+
     A `DecodePolicy` that evicts while decoding does so after every later forward. A `LayerPolicy`
     removes rows from the first prompt between its layers; the output has all rows, those that were
     removed as they were then.
@@ -62,8 +66,8 @@ def evict(
 
     Args:
         model: a causal language model or vision-language model, or its base model.
-        policy: an object with the methods of `PrefillPolicy`, `LayerPolicy` or `DecodePolicy`, or
-            several of them, e.g. any of `kvevict.policies`.
+        policy: an object with the methods of `PrefillPolicy`, `ChannelPolicy`, `LayerPolicy` or
+            `DecodePolicy`, or several of them, e.g. any of `kvevict.policies`.
         every_turn: evict again after every later forward of more than one token; `keep` then
             refers to the whole conversation.
         modality: [batch_size, prompt_len], bool (True = image) or the codes of
@@ -107,11 +111,13 @@ class Eviction:
         every_turn: bool = False,
         modality: Tensor | None = None,
     ) -> None:
-        if not isinstance(policy, (PrefillPolicy, LayerPolicy, DecodePolicy)):
+        if not isinstance(policy, (PrefillPolicy, ChannelPolicy, LayerPolicy, DecodePolicy)):
             raise ValueError(
-                "kvevict.evict: policy must have the methods of PrefillPolicy, LayerPolicy or "
-                f"DecodePolicy of kvevict.policies, got {policy!r}"
+                "kvevict.evict: policy must have the methods of PrefillPolicy, ChannelPolicy, "
+                f"LayerPolicy or DecodePolicy of kvevict.policies, got {policy!r}"
             )
+        if isinstance(policy, ChannelPolicy):
+            _check_once(policy, every_turn)
         if modality is not None and modality.dim() != 2:
             raise ValueError(
                 "kvevict.evict: modality must have shape (batch_size, prompt_len), "
@@ -353,6 +359,16 @@ def _rotary(decoder: Any, config: Any, hidden_states: Tensor, positions: Tensor)
     if "mrope_section" in (getattr(config, "rope_parameters", None) or {}):
         positions = positions.expand(3, -1, -1)
     return decoder.rotary_emb(hidden_states, positions)
+
+
+def _check_once(policy: ChannelPolicy, every_turn: bool) -> None:
+    """Refuse to evict again what lacks channels: it cannot be scored."""
+    decodes = isinstance(policy, DecodePolicy) and policy.evicts_while_decoding
+    if every_turn or decodes:
+        raise ValueError(
+            f"kvevict.evict: {type(policy).__name__} drops channels of the keys, and cannot be "
+            f"combined with {'every_turn=True' if every_turn else 'eviction while decoding'}"
+        )
 
 
 def _check_cache(cache: Any) -> None:

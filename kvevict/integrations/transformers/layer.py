@@ -20,7 +20,7 @@ class EvictedLayer(DynamicLayer):  # type: ignore[misc]
 
     Attributes:
         keys: [batch_size, num_kv_heads, stored, head_dim], a view of the first slots; None where
-            lists differ much in length, see `store.buckets`.
+            it is not one block, see `store.blocks`.
         values: like keys.
         store: the slots, with what each of them holds.
         attached: inside a forward of a model under `evict`.
@@ -46,7 +46,7 @@ class EvictedLayer(DynamicLayer):  # type: ignore[misc]
 
     def show(self) -> None:
         """Point `keys` and `values` at what is stored now."""
-        single = self.store.members is None
+        single = self.store.is_one_block
         self.keys: Tensor | None = self.store.slots.keys if single else None
         self.values: Tensor | None = self.store.slots.values if single else None
 

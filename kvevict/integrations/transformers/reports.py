@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from kvevict.channels import PackedSlots
 from kvevict.integrations.transformers.layer import EvictedLayer
 from kvevict.slots import COLUMN, MODALITY, LayerSlots
 
@@ -27,11 +28,14 @@ class KeptLayer:
         kept_indices: [batch_size, 1 | num_kv_heads, k] int32, columns of the (padded)
             conversation, ascending, -1 beyond kept_lens; one list for all heads or one per KV head.
         kept_lens: [batch_size, 1 | num_kv_heads] int32.
+        kept_channels: [batch_size, num_kv_heads, num_channels] int32, ascending, what the older of
+            these keys have; None = every channel.
     """
 
     layer_idx: int
     kept_indices: Tensor
     kept_lens: Tensor
+    kept_channels: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -193,7 +197,8 @@ def kept_of(layer_idx: int, store: LayerSlots) -> KeptLayer:
     last = torch.iinfo(columns.dtype).max
     kept_lens = (columns >= 0).sum(-1, dtype=torch.int32)
     ascending = columns.where(columns >= 0, last).sort(-1).values
-    return KeptLayer(layer_idx, ascending.where(ascending < last, -1), kept_lens)
+    channels = store.channels if isinstance(store, PackedSlots) else None
+    return KeptLayer(layer_idx, ascending.where(ascending < last, -1), kept_lens, channels)
 
 
 def modality_by_column(stores: Sequence[LayerSlots]) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from kvevict.channels import PackedSlots, attend_with_lse, pack_slots
 from kvevict.integrations.transformers.attention import attend_blocks, attend_prompt
 from kvevict.integrations.transformers.layer import EvictedLayer
 from kvevict.integrations.transformers.reports import (
@@ -29,6 +30,7 @@ from kvevict.policies.base import (
     select_layers,
 )
 from kvevict.policies.between import LayerPolicy
+from kvevict.policies.channels import ChannelPolicy
 from kvevict.policies.decode import DecodePolicy, begin_decoding
 from kvevict.policies.merging import merge_layers
 from kvevict.slots import LayerSlots, Slots, evict_layers, select_slots
@@ -79,6 +81,7 @@ class Step:
         self.blocks: dict[int, Slots] = {}
         self.prompts: dict[int, tuple[Prompt, Tensor | None]] = {}
         self.scores: dict[int, LayerScores] = {}
+        self.channels: dict[int, Tensor] = {}
         self.layer_rows: dict[int, Rows] = {}
         self.attended: dict[int, tuple[Tensor, Tensor, float | None]] = {}
         self._attach()
@@ -159,6 +162,9 @@ class Step:
             self._see_turn(index, layer, query, key, value, scaling)
         if not isinstance(layer, EvictedLayer):
             return attend_blocks(sdpa, query, key, value, None if mask is None else mask[:, None])
+        if isinstance(layer.store, PackedSlots):
+            sm_scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+            return layer.store.attend(query, mask, partial(attend_with_lse, sm_scale=sm_scale))
         if layer.decode_policy is None:
             return layer.store.attend(query, mask, partial(attend_blocks, sdpa))
         slots = layer.store.slots
@@ -232,6 +238,8 @@ class Step:
         self, index: int, query: Tensor, key: Tensor, value: Tensor, scaling: float | None
     ) -> None:
         prompt, row_index = self.prompts[index]
+        if isinstance(self.policy, ChannelPolicy):
+            self.channels[index] = self.policy.channels(query, key, prompt)
         if not isinstance(self.policy, PrefillPolicy):
             scores = torch.zeros(prompt.modality.shape, device=key.device)[:, None]
             self.scores[index] = LayerScores(scores, prompt)
@@ -345,7 +353,9 @@ class Step:
             for block, layer in zip(blocks, scores, strict=True):
                 block.track(layer.scores.view(block.keys.shape[0], -1, block.stored))
         stores, bytes_new = before, 0
-        if selections is not None:
+        if self._drops_channels(indices, blocks):
+            stores, bytes_new = self._pack(indices, blocks, selections)
+        elif selections is not None:
             stores = select_slots(blocks, selections, split=not self.decodes)
             bytes_new = sum(
                 _bytes_of(store.buckets)
@@ -355,14 +365,14 @@ class Step:
         if self.decodes:
             begin_decoding(self.policy, [store.slots for store in stores], scores)
         is_shorter = any(rows.index is not None for rows in self.layer_rows.values())
-        if selections is not None or self.every_turn or self.decodes or is_shorter:
+        if stores is not before or self.every_turn or self.decodes or is_shorter:
             for i, store in zip(indices, stores, strict=True):
                 self.cache.layers[i] = self._evicted_layer(i, store)
         return EvictionReport(
             kept=tuple(kept_of(i, store) for i, store in zip(indices, stores, strict=True)),
             modality=modality_by_column(before),
             bytes_before=bytes_before,
-            bytes_after=sum(_bytes_of(store.buckets) for store in stores),
+            bytes_after=sum(_bytes_of(store.blocks) for store in stores),
             bytes_peak=bytes_before + bytes_new,
         )
 
@@ -376,6 +386,32 @@ class Step:
             keys = [key.view(-1, 1, *key.shape[2:]) for key in keys]
             values = [value.view(-1, 1, *value.shape[2:]) for value in values]
         return merge_layers(self.policy, keys, values, scores, selections)
+
+    def _drops_channels(self, indices: Sequence[int], blocks: Sequence[Slots]) -> bool:
+        return any(
+            i in self.channels and self.channels[i].shape[-1] < block.keys.shape[-1]
+            for i, block in zip(indices, blocks, strict=True)
+        )
+
+    def _pack(
+        self,
+        indices: Sequence[int],
+        blocks: Sequence[Slots],
+        selections: Sequence[Selection] | None,
+    ) -> tuple[list[LayerSlots], int]:
+        """Take channels out of the older keys; also return the most bytes that took."""
+        assert isinstance(self.policy, ChannelPolicy)
+        if selections is None:
+            selections = [_all_of(self.prompts[i][0]) for i in indices]
+        stores: list[LayerSlots] = []
+        whole = 0
+        for i, block, selection in zip(indices, blocks, selections, strict=True):
+            channels = self.channels[i]
+            store = pack_slots(block, selection, channels, num_recent=self.policy.num_recent)
+            narrow = count_bytes(older.keys for older in store.older.blocks)
+            whole = max(whole, narrow * block.keys.shape[-1] // max(channels.shape[-1], 1))
+            stores.append(store)
+        return stores, whole + sum(_bytes_of(store.blocks) for store in stores)
 
     def _block(self, index: int) -> Slots:
         """Return what a layer stores before the eviction."""
@@ -404,6 +440,14 @@ def _block_of(layer: Any, rows: Rows, modality: Tensor) -> Slots:
         seen_len=rows.num_columns,
         padding_lens=rows.padding_lens,
         has_empty=rows.mask is not None,
+    )
+
+
+def _all_of(prompt: Prompt) -> Selection:
+    """Return the real keys of a prompt, padding left out."""
+    lens = prompt.lens[:, None].int()
+    return Selection(
+        prompt.rows_of(prompt.valid)[:, None], lens, ragged=prompt.key_mask is not None
     )
 
 
