@@ -24,6 +24,7 @@ from kvevict.policies.base import (
 from kvevict.policies.between import LayerPolicy, Shortening
 from kvevict.policies.chunkkv import ChunkKV
 from kvevict.policies.corm import CORM
+from kvevict.policies.d2o import D2O
 from kvevict.policies.dbudgetkv import DBudgetKV
 from kvevict.policies.decode import DecodePolicy, Victims
 from kvevict.policies.engine import evict_prompt
@@ -49,6 +50,7 @@ from kvevict.policies.zsmerge import ZSMerge
 __all__ = [
     "AUDIO",
     "CORM",
+    "D2O",
     "H2O",
     "HAE",
     "IMAGE",
@@ -109,6 +111,7 @@ _POLICIES: dict[str, Callable[..., PrefillPolicy]] = {
     "adakv": AdaKV,
     "chunkkv": ChunkKV,
     "corm": CORM,
+    "d2o": D2O,
     "dbudgetkv": DBudgetKV,
     "flashcache": FlashCache,
     "h2o": H2O,
