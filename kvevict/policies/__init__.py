@@ -25,6 +25,7 @@ from kvevict.policies.between import LayerPolicy, Shortening
 from kvevict.policies.channels import ChannelPolicy
 from kvevict.policies.chunkkv import ChunkKV
 from kvevict.policies.corm import CORM
+from kvevict.policies.d2o import D2O
 from kvevict.policies.dbudgetkv import DBudgetKV
 from kvevict.policies.decode import DecodePolicy, Victims
 from kvevict.policies.engine import evict_prompt
@@ -51,6 +52,7 @@ from kvevict.policies.zsmerge import ZSMerge
 __all__ = [
     "AUDIO",
     "CORM",
+    "D2O",
     "H2O",
     "HAE",
     "IMAGE",
@@ -138,6 +140,7 @@ _POLICIES: dict[str, Callable[..., PrefillPolicy | LayerPolicy]] = {
     "adakv": AdaKV,
     "chunkkv": ChunkKV,
     "corm": CORM,
+    "d2o": D2O,
     "dbudgetkv": DBudgetKV,
     "flashcache": FlashCache,
     "h2o": H2O,

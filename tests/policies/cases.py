@@ -45,6 +45,11 @@ FIELDS: dict[str, list[dict[str, Any]]] = {
         {"window": 4, "num_recent": 5},
         {"keep": 0.4, "window": 3, "num_recent": 2, "num_sink": 2},
     ],
+    "d2o": [
+        {"keep": 0.4},
+        {"keep": 7, "num_sink": 1, "recent_share": 0.5, "merging": "exponential"},
+        {"keep": 0.6, "num_sink": 0},
+    ],
     "dbudgetkv": [
         {"num_full": 1, "tolerance": 0.05, "num_sink": 2},
         {"keep": 0.5, "num_full": 1, "num_recent": 2, "tolerance": 0.2},

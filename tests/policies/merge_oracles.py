@@ -5,6 +5,7 @@ Written from the formulas, as `oracles.py` is; one sequence without padding at a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -77,6 +78,25 @@ def look_m(policy: Any, s: Sequence, layer: int, kept: list[list[int]]) -> Store
     return stored
 
 
+def d2o(policy: Any, s: Sequence, layer: int, kept: list[list[int]]) -> Stored:
+    stored = Stored.of(s, layer)
+    for head, own in enumerate(kept):
+        groups, best = nearest(s.keys[layer][head], own)
+        threshold = sum(best.values()) / max(len(best), 1)
+        for x, states in ((stored.keys, s.keys), (stored.values, s.values)):
+            old = states[layer][head].double()
+            for c, members in groups.items():
+                merged = [e for e in members if best[e] >= threshold - 1e-12]
+                if policy.merging == "released":
+                    x[head, c] += sum(best[e] * old[e] for e in merged)
+                    x[head, c] /= len(merged) + 1
+                else:
+                    weights = [math.e, *(math.exp(best[e]) for e in merged)]
+                    rows = zip(weights, [c, *merged], strict=True)
+                    x[head, c] = sum(w * old[j] for w, j in rows) / sum(weights)
+    return stored
+
+
 def zsmerge(policy: Any, s: Sequence, layer: int, kept: list[list[int]]) -> Stored:
     stored = Stored.of(s, layer)
     _, residual = zsmerge_parts(policy, s, layer)
@@ -117,6 +137,7 @@ def keepkv(policy: Any, s: Sequence, layer: int, kept: list[list[int]]) -> Store
 
 
 MERGES: dict[str, Callable[[Any, Sequence, int, list[list[int]]], Stored]] = {
+    "d2o": d2o,
     "keepkv": keepkv,
     "look_m": look_m,
     "zsmerge": zsmerge,

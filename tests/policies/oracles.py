@@ -386,6 +386,43 @@ def corm(policy: Any, s: Sequence) -> Kept:
     return kept
 
 
+def d2o_budgets(policy: Any, s: Sequence) -> list[int]:
+    budget = tokens_of(policy.keep, s.length)
+    whole = {0, 1, s.num_layers - 1} & {*range(s.num_layers)}
+    others = [i for i in range(s.num_layers) if i not in whole]
+    if not others:
+        return [budget] * s.num_layers
+    total = budget * s.num_layers
+    of_whole = min(s.length, max(total // 2 // len(whole), 1))
+    parts = {}
+    for i in others:
+        variance = s.attention[i].sum(1).var(1)
+        low, high = variance.min(), variance.max()
+        parts[i] = math.exp(-float(((variance - low) / (high - low + 1e-6)).mean()))
+    left, open_layers, sizes = total - len(whole) * of_whole, dict(parts), {}
+    while any(left * p / sum(open_layers.values()) > s.length for p in open_layers.values()):
+        unit = left / sum(open_layers.values())
+        full = [i for i, p in open_layers.items() if unit * p > s.length]
+        for i in full:
+            sizes[i] = s.length
+            left -= s.length
+            del open_layers[i]
+    for i, p in open_layers.items():
+        sizes[i] = max(1, math.floor(left * p / sum(open_layers.values()) + 1e-6))
+    return [of_whole if i in whole else sizes[i] for i in range(s.num_layers)]
+
+
+def d2o(policy: Any, s: Sequence) -> Kept:
+    kept = []
+    for attention, budget in zip(s.attention, d2o_budgets(policy, s), strict=True):
+        recent = math.floor(budget * policy.recent_share + 1e-6)
+        forced = forced_of(policy, s.length, budget, recent)
+        kept.append(
+            [choose(s.length, forced, row, budget) for row in s.of_groups(attention.sum(1))]
+        )
+    return kept
+
+
 def dbudgetkv(policy: Any, s: Sequence) -> Kept:
     budget = tokens_of(policy.keep, s.length)
     forced = forced_of(policy, s.length, budget, policy.num_recent)
@@ -540,6 +577,7 @@ ORACLES: dict[str, Callable[[Any, Sequence], Kept]] = {
     "adakv": adakv,
     "chunkkv": chunkkv,
     "corm": corm,
+    "d2o": d2o,
     "dbudgetkv": dbudgetkv,
     "flashcache": flashcache,
     "h2o": h2o,

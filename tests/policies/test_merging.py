@@ -11,8 +11,17 @@ from torch import Tensor
 
 from kvevict import policies
 from kvevict.ops.enums import HeadReduction
-from kvevict.policies import KeepKV, LookM, MergingPolicy, ZSMerge, merge_layers
+from kvevict.policies import (
+    D2O,
+    KeepKV,
+    LayerScores,
+    LookM,
+    MergingPolicy,
+    ZSMerge,
+    merge_layers,
+)
 from kvevict.policies._weighted import score_weighted
+from kvevict.policies.d2o import _unevenness
 from kvevict.reference import score_keys
 from tests.policies.cases import CASES, PROMPTS, kept_lists, make_layers, make_prompt
 from tests.policies.merge_oracles import MERGES
@@ -55,6 +64,58 @@ def test_look_m(merging: Any, key: Any, value: Any) -> None:
     expected = torch.tensor(key, dtype=torch.float32)
     torch.testing.assert_close(keys[0][0, 0, :, :2], expected, rtol=0, atol=1e-6)
     assert values[0][0, 0, :, 0].tolist() == pytest.approx(value, abs=1e-6)
+
+
+def test_d2o_budgets() -> None:
+    """Whole layers are paid for; the others share by exp(-v)."""
+    prompt = make_prompt("t" * 100)
+
+    def budgets(keep: float, *masses: float) -> Any:
+        layers = [LayerScores(torch.zeros(1, 2, 100), prompt, torch.tensor([m])) for m in masses]
+        return D2O(keep=keep).budgets(layers)[:, 0].tolist()
+
+    # 8 * 80 - 300 for five layers of equal weight; the masses of whole layers do not matter.
+    assert budgets(0.8, 9, 9, 0.5, 0.5, 0.5, 0.5, 0.5, 9) == [100, 100, 68, 68, 68, 68, 68, 100]
+    # exp(-ln 2) is a half: 75 and its half of 8 * 75 - 300.
+    ln2 = 0.69314718
+    assert budgets(0.75, 0, 0, ln2, ln2, 0, 0, 0, 0) == [100, 100, 37, 37, 75, 75, 75, 100]
+    # Half of 5 * 30 for three layers, the rest for two.
+    assert budgets(0.3, 0, 0, 0.2, 0.2, 0) == [25, 25, 37, 37, 25]
+    # One cannot use 180 of 8 * 90 - 300.
+    ln3 = 1.0986123
+    assert budgets(0.9, 0, 0, 0, ln3, ln3, ln3, ln3, 0) == [100, 100, 100, 80, 80, 80, 80, 100]
+    assert budgets(0.3, 1, 2, 3) == [30, 30, 30]
+    assert budgets(1.0, 0, 0, 0.5, 0, 0) == [100] * 5
+
+
+def test_d2o_unevenness() -> None:
+    """Variances of 1, 0 and 4 are a quarter, nothing and one; padding does not count."""
+    sums = torch.tensor([[[9.0, 1, 2, 3], [9, 2, 2, 2], [9, 0, 2, 4]]])
+    mass = _unevenness(sums, make_prompt(".ttt"))
+    assert mass.tolist() == pytest.approx([1.25 / 3], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("merging", "value"),
+    [
+        # 2 and 4 go to 0 (cosines 0.8 and 1); 3 resembles 1 by 5 / 13, below the mean.
+        ("released", [(1 + 0.8 * 3 + 5) / 3, 2]),
+        ("exponential", [(2.7182818 * (1 + 5) + 2.2255409 * 3) / (2 * 2.7182818 + 2.2255409), 2]),
+    ],
+)
+def test_d2o(merging: Any, value: Any) -> None:
+    policy = D2O(keep=3, num_sink=2, recent_share=0.4, merging=merging)
+    query, key = torch.zeros(1, 1, 6, 8), on_axes((4, 0), (0, 2), (4, 3), (-12, 5), (5, 0), (0, -4))
+    _, values, selections = policies.evict_prompt(
+        policy,
+        [query],
+        [key],
+        [on_axes(*((j, 0) for j in range(1, 7)))],
+        make_prompt("tttttt"),
+    )
+    assert selections is not None
+    assert kept_lists(selections[0]) == [[[0, 1, 5]]]
+    assert values[0][0, 0, :, 0].tolist() == pytest.approx([*value, 6], abs=1e-6)
 
 
 def test_zsmerge() -> None:

@@ -253,6 +253,8 @@ def test_a_forced_sink_survives_a_window_that_ignores_it() -> None:
         (lambda: get("corm", keep=0), "CORM: keep must be a positive ratio"),
         (lambda: get("corm", window=0), "window must be an int of at least 1"),
         (lambda: get("corm", num_recent=-1), "num_recent must be an int of at least 0"),
+        (lambda: get("d2o", keep=0.1, recent_share=2), "recent_share must be in"),
+        (lambda: get("d2o", keep=0.1, merging="mean"), "'released' or 'exponential'"),
         (lambda: get("dbudgetkv", num_full=-1), "num_full must be an int of at least 0"),
         (lambda: get("dbudgetkv", num_recent=-1), "num_recent must be an int of at least 0"),
         (lambda: get("dbudgetkv", tolerance=2), r"tolerance must be in \[0, 1\]"),
