@@ -46,6 +46,7 @@ from tests.integrations.tiny_models import (
     make_inputs,
     row_of,
 )
+from tests.policies import oracles
 
 POLICIES: dict[str, PrefillPolicy] = {
     "tgv_kv": TGVKV(keep=0.3),
@@ -336,6 +337,57 @@ def test_video_spans() -> None:
     assert eviction.report.modality[0].tolist() == [0] * 5 + [2] * 32 + [0] * 15
     text_columns = {*range(5), *range(37, 52)}
     assert all(text_columns <= set(k.kept_indices[0, 0].tolist()) for k in eviction.kept)
+
+
+# v of a video, i of an image, t of text; a frame is 4 x 4 tokens.
+FRAME, IMAGE_SPAN = "v" * 16, "i" * 16
+VIDEO_ROWS = {
+    "frames": f"tttt{FRAME}tt{FRAME}tt{FRAME}tttttttt",
+    "image_and_video": f"ttt{IMAGE_SPAN}ttt{FRAME}tt{FRAME}ttttttt",
+    "video_and_image": f"ttt{FRAME}tt{FRAME}ttt{IMAGE_SPAN}ttttttt",
+    "video_last": f"tttttt{IMAGE_SPAN}tttttt{FRAME}tt{FRAME}",
+}
+
+
+def video_inputs(model: Any, row: str) -> dict[str, Tensor]:
+    """Return a prompt for a Qwen3-VL, whose frames stand apart, as if between timestamps."""
+    modality = torch.tensor([["tiv".index(letter) for letter in row]])
+    ids = torch.tensor([0, model.config.image_token_id, model.config.video_token_id])[modality]
+    inputs = {
+        "input_ids": torch.where(modality == 0, torch.randint(10, 90, modality.shape), ids),
+        "attention_mask": torch.ones_like(modality),
+        "mm_token_type_ids": modality,
+    }
+    for letter, pixels, grid in (
+        ("i", "pixel_values", "image_grid_thw"),
+        ("v", "pixel_values_videos", "video_grid_thw"),
+    ):
+        num_frames = row.count(letter) // 16
+        if num_frames:
+            inputs[pixels] = torch.randn(64 * num_frames, 3 * 2 * 14 * 14)
+            inputs[grid] = torch.tensor([[num_frames, 8, 8]])
+    return inputs
+
+
+@pytest.mark.parametrize("text_score", ["paper", "released"])
+@pytest.mark.parametrize("name", VIDEO_ROWS)
+def test_video_frames_equal_the_oracle(name: str, text_score: Any) -> None:
+    """Frames between text, beside an image, and with no text behind them."""
+    model, row = get_model("qwen3_vl"), VIDEO_ROWS[name]
+    inputs = video_inputs(model, row)
+    with masked_reference(model, len(row)) as reference:
+        generate(model, inputs, num_new=1)
+    policy = TGVKV(keep=0.4, text_score=text_score)
+    with kvevict.evict(model, policy) as eviction:
+        generate(model, inputs, num_new=1)
+    assert eviction.report is not None
+    assert eviction.report.modality[0].tolist() == ["tiv".index(letter) for letter in row]
+    layers = [[t[0] for t in reference.recorded[i][0]] for i in range(NUM_LAYERS)]
+    sequence = oracles.Sequence(row, *map(list, zip(*layers, strict=True)))
+    expected = oracles.keep_by_oracle("tgv_kv", policy, sequence)
+    for layer, kept in zip(eviction.kept, expected, strict=True):
+        count = int(layer.kept_lens[0, 0])
+        assert [layer.kept_indices[0, 0, :count].tolist()] == kept
 
 
 def test_modality_from_the_user() -> None:

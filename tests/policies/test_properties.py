@@ -108,6 +108,20 @@ def test_heads_of_a_group_are_interchangeable_and_groups_go_with_their_lists(cas
         assert torch.equal(ours.kept_lens, theirs.kept_lens.flip(1))
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_frames_are_as_images(case: str) -> None:
+    """A video is vision like an image, separators are text, and both may mix in one prompt."""
+    _, policy = CASES[case]
+    rows = PROMPTS["padded_videos"]
+    prompt = make_prompt(*rows)
+    layers = make_layers(prompt)
+    as_images = make_prompt(*(row.replace("v", "i") for row in rows))
+    same = zip(evict(policy, prompt, layers), evict(policy, as_images, layers), strict=True)
+    for ours, theirs in same:
+        assert torch.equal(ours.kept_indices, theirs.kept_indices)
+        assert torch.equal(ours.kept_lens, theirs.kept_lens)
+
+
 # Budgets
 
 
