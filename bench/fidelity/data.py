@@ -194,7 +194,7 @@ def answer_ids(design: Design, labels: Tensor, segments: Tensor) -> Tensor:
 
 
 def vision_tokens(design: Design, segments: Tensor) -> Tensor:
-    """Return which vision tokens show each segment [*segments.shape, num_needed] int64, ascending."""
+    """Return the vision tokens of each segment [*segments.shape, num_needed] int64, ascending."""
     token = torch.arange(design.num_vision)
     row, column = token // design.side // design.cells, token % design.side // design.cells
     segment_of_token = (row * design.grid + column) // design.width

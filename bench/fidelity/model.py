@@ -131,7 +131,8 @@ def vision_features(model: Any, pixels: Tensor, *, train_tower: bool = True) -> 
     """Return what the text decoder sees of images [count, num_vision, hidden]."""
     with torch.set_grad_enabled(train_tower and torch.is_grad_enabled()):
         hidden = model.model.vision_tower(pixel_values=pixels).last_hidden_state[:, 1:]
-    return model.model.multi_modal_projector(hidden)
+    features: Tensor = model.model.multi_modal_projector(hidden)
+    return features
 
 
 def text_logits(model: Any, features: Tensor, positions: Tensor | None, text: Tensor) -> Tensor:
@@ -169,7 +170,8 @@ def text_logits(model: Any, features: Tensor, positions: Tensor | None, text: Te
         position_ids=position_ids,
         use_cache=False,
     ).last_hidden_state
-    return model.lm_head(hidden[:, 1 + num_seen :]).float().unflatten(1, (num_questions, text_len))
+    logits: Tensor = model.lm_head(hidden[:, 1 + num_seen :]).float()
+    return logits.view(count, num_questions, text_len, -1)
 
 
 def _packed_mask(num_seen: int, num_questions: int, text_len: int, device: torch.device) -> Tensor:

@@ -206,7 +206,8 @@ class Trainer:
         num_questions = min(recipe.num_questions, num_seen)
         # Short sequences come in numbers, several from one image.
         repeats = max(1, min(16, design.num_segments // (2 * num_seen)))
-        num_images = recipe.batch * recipe.num_questions // (num_questions * repeats)
+        num_sequences = min(4, recipe.num_questions // num_questions) * recipe.batch
+        num_images = max(1, num_sequences // repeats)
         pixels, labels = self._draw(num_images)
         text, answers, seen = self._draw_questions(
             labels.repeat(repeats, 1, 1), num_seen, num_questions
@@ -254,7 +255,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
 
