@@ -15,11 +15,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
     CLIPVisionConfig,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
 )
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from bench.fidelity.data import (
     BOS,
@@ -36,6 +40,22 @@ from bench.fidelity.data import (
 HIDDEN = 128
 _EMBEDDING_STD, _POSITION_STD = 0.06, 0.5
 _ALIGNMENT_SCALE = 20.0
+
+TRAINING_ATTENTION = "kvevict_fidelity_float32"
+"""Attention in float32 under autocast: on CPUs the backward of bfloat16 is several times slower."""
+
+
+def _attend_in_float32(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
+) -> Any:
+    with torch.autocast(query.device.type, enabled=False):
+        return sdpa_attention_forward(
+            module, query.float(), key.float(), value.float(), mask, **options
+        )
+
+
+AttentionInterface.register(TRAINING_ATTENTION, _attend_in_float32)
+AttentionMaskInterface.register(TRAINING_ATTENTION, sdpa_mask)
 
 
 def build_model(design: Design, seed: int) -> Any:

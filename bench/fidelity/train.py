@@ -37,6 +37,7 @@ from bench.fidelity.data import (
     vision_tokens,
 )
 from bench.fidelity.model import (
+    TRAINING_ATTENTION,
     alignment_loss,
     answer_loss,
     bag_loss,
@@ -70,7 +71,7 @@ class Recipe:
         autocast: compute in bfloat16 where torch's autocast does.
     """
 
-    alignment_steps: int = 400
+    alignment_steps: int = 300
     alignment_rate: float = 3e-3
     rate: float = 2e-3
     stages: tuple[int, ...] = (1, 2, 4, 8, 16)
@@ -87,9 +88,9 @@ class Recipe:
 
 RECIPES = {
     "h": Recipe(),
-    "q": Recipe(),
+    "q": Recipe(alignment_steps=400),
     "long": Recipe(),
-    "xl": Recipe(),
+    "xl": Recipe(alignment_steps=400),
 }
 
 
@@ -122,6 +123,7 @@ class Trainer:
     def __init__(self, design: Design, recipe: Recipe, seed: int, device: torch.device) -> None:
         self.design, self.recipe, self.seed, self.device = design, recipe, seed, device
         self.model = build_model(design, seed).to(device)
+        self.model.set_attn_implementation(TRAINING_ATTENTION)
         self.generator = torch.Generator().manual_seed(1000 + seed)
         self.progress = Progress()
         self.optimizer = self._new_optimizer()
