@@ -18,6 +18,11 @@ SPDX = "// SPDX-License-Identifier: Apache-2.0\n"
 # The brackets keep this file from finding itself.
 UNFINISHED = re.compile(r"\b(TOD[O]|FIXM[E]|XX[X]|NotImplementedErro[r])\b")
 MAX_BYTES = 500_000
+CHECKPOINTS = "bench/fidelity/checkpoints/*/*"
+MAX_CHECKPOINT_BYTES = 2_000_000
+# Where data and binary files may be.
+DATA = ("bench/results/*.json", "bench/fidelity/results/*.json", f"{CHECKPOINTS}.json")
+BINARY = ("bench/figures/*.png", f"{CHECKPOINTS}.safetensors")
 
 
 def violations(path: str, content: bytes) -> list[str]:
@@ -25,13 +30,14 @@ def violations(path: str, content: bytes) -> list[str]:
     found = []
     if name.parts[0] not in TOP_LEVEL:
         found.append("is not part of the layout")
-    if name.suffix == ".json" and name.parts[:2] != ("bench", "results"):
+    if name.suffix == ".json" and not any(map(name.match, DATA)):
         found.append("data belongs to bench/results")
-    if len(content) > MAX_BYTES:
-        found.append(f"has more than {MAX_BYTES} bytes")
+    max_bytes = MAX_CHECKPOINT_BYTES if name.match(f"{CHECKPOINTS}.safetensors") else MAX_BYTES
+    if len(content) > max_bytes:
+        found.append(f"has more than {max_bytes} bytes")
     if b"\0" in content:
-        if name.suffix != ".png" or name.parts[:2] != ("bench", "figures"):
-            found.append("is binary, and not a picture in bench/figures")
+        if not any(map(name.match, BINARY)):
+            found.append("is binary, and neither a picture in bench/figures nor a checkpoint")
         return [f"{path} {what}" for what in found]
     text = content.decode()
     if name.suffix in {".cpp", ".h", ".cu", ".cuh"} and not text.startswith(SPDX):
@@ -63,11 +69,22 @@ def test_every_top_level_file_is_there() -> None:
         ("kvevict/demo.py", b"raise Not%b\n" % b"ImplementedError"),
         ("kvevict/demo.py", b"x = 1"),
         ("bench/large.txt", b"x" * MAX_BYTES + b"\n"),
+        ("bench/fidelity/h-0/model.safetensors", b"\0"),
+        ("bench/fidelity/checkpoints/h-0/large.safetensors", b"\0" * (MAX_CHECKPOINT_BYTES + 1)),
+        ("bench/fidelity/checkpoints/h-0/training.pt", b"\0"),
     ],
 )
 def test_a_violation_is_found(path: str, content: bytes) -> None:
     assert violations(path, content)
 
 
-def test_a_picture_in_its_place_is_not_blamed() -> None:
-    assert violations("bench/figures/kept.png", b"\x89PNG\0") == []
+@pytest.mark.parametrize(
+    ("path", "content"),
+    [
+        ("bench/figures/kept.png", b"\x89PNG\0"),
+        ("bench/fidelity/checkpoints/h-0/model.safetensors", b"\0" * MAX_CHECKPOINT_BYTES),
+        ("bench/fidelity/checkpoints/h-0/config.json", b"{}\n"),
+    ],
+)
+def test_a_file_in_its_place_is_not_blamed(path: str, content: bytes) -> None:
+    assert violations(path, content) == []
