@@ -29,7 +29,7 @@ from kvevict.plotting import (
     plot_kept_patches,
     require_matplotlib,
 )
-from kvevict.policies import IMAGE, VIDEO, PrefillPolicy
+from kvevict.policies import IMAGE, VIDEO, LayerPolicy, PrefillPolicy
 
 if TYPE_CHECKING:
     from kvevict.integrations.transformers import EvictionReport, KeptLayer
@@ -185,7 +185,7 @@ class Contestant:
     """
 
     name: str
-    policy: PrefillPolicy
+    policy: PrefillPolicy | LayerPolicy
     run: Run = field(default_factory=Run)
     reports: list[EvictionReport] = field(default_factory=list)
     own_words: Tensor | None = None
@@ -204,7 +204,7 @@ class Contestant:
 def run_demo(args: argparse.Namespace, say: Progress) -> None:
     """Build, run the full cache and every policy, report."""
     names = args.compare or [args.policy]
-    contestants = [Contestant(name, policies.get(name, keep=args.keep)) for name in names]
+    contestants = [Contestant(name, make_policy(name, args.keep)) for name in names]
     task = build_task(args, say)
     prompt_len = task.inputs["input_ids"].shape[1]
     say("Warming up")
@@ -226,6 +226,12 @@ def run_demo(args: argparse.Namespace, say: Progress) -> None:
         print("\nNo picture: the image tokens of this model are no plain grid.")
         return
     print(f"\nPicture: {draw(args, task, task.grid, contestants).resolve()}")
+
+
+def make_policy(name: str, keep: float | int) -> PrefillPolicy | LayerPolicy:
+    """Return the policy with its budget, if it takes one."""
+    has_keep = name in policies.list(with_keep=True)
+    return policies.get(name, keep=keep) if has_keep else policies.get(name)
 
 
 def measure_in_turn(

@@ -77,6 +77,7 @@ class Slots:
         """
         self._keys, self._values, self._tags = keys, values, tags
         self._scores: Tensor | None = None
+        self._weights: Tensor | None = None
         self._num_tagged = keys.shape[2]
         self._has_holes = False  # Left by lists that dropped fewer keys than others did.
         self.stored = keys.shape[2]
@@ -123,6 +124,14 @@ class Slots:
         return self._scores[:, :, : self.stored, 0]
 
     @property
+    def key_weight(self) -> Tensor | None:
+        """[batch_size, num_lists, stored] float32: tokens that each key counts for in attention.
+
+        1 for a new key; None = one each.
+        """
+        return None if self._weights is None else self._weights[:, :, : self.stored, 0]
+
+    @property
     def live(self) -> Tensor | None:
         """[batch_size, num_lists, stored] bool: slots that hold a key, None = all."""
         return self.columns >= 0 if self.has_empty else None
@@ -144,8 +153,8 @@ class Slots:
 
     @property
     def num_bookkeeping_bytes(self) -> int:
-        """Bytes of the tags and scores."""
-        tensors = [t for t in (self._tags, self._scores) if t is not None]
+        """Bytes of the tags, scores and weights."""
+        tensors = [t for t in (self._tags, self._scores, self._weights) if t is not None]
         return sum(t.untyped_storage().nbytes() for t in tensors)
 
     def track(self, scores: Tensor) -> None:
@@ -155,12 +164,30 @@ class Slots:
             scores: [batch_size, 1 | num_kv_heads, stored] float32, of the keys stored now. Scores
                 per KV head of keys that share a list make it a list per KV head.
         """
+        self._scores = self._block_of(scores, 0)
+
+    def weigh(self, key_weight: Tensor) -> None:
+        """Let keys count for several tokens in attention; moved and dropped with them.
+
+        Args:
+            key_weight: [batch_size, 1 | num_kv_heads, stored] float32, positive where a slot holds
+                a key, of the keys stored now. Lists as in `track`.
+        """
+        self._weights = self._block_of(key_weight, 1)
+
+    def _block_of(self, numbers: Tensor, of_new: float) -> Tensor:
+        """Return a block with a number per slot, `of_new` behind the given ones."""
         batch_size, num_lists, capacity, _ = self._tags.shape
-        if scores.shape[1] > num_lists:
-            num_lists = scores.shape[1]
+        if numbers.shape[1] > num_lists:
+            num_lists = numbers.shape[1]
             self._tags = self._tags.expand(-1, num_lists, -1, -1).contiguous()
-        self._scores = scores.new_zeros((batch_size, num_lists, capacity, 1))
-        self._scores[:, :, : self.stored, 0] = scores
+            if self._scores is not None:
+                self._scores = self._scores.expand(-1, num_lists, -1, -1).contiguous()
+            if self._weights is not None:
+                self._weights = self._weights.expand(-1, num_lists, -1, -1).contiguous()
+        block = numbers.new_full((batch_size, num_lists, capacity, 1), of_new)
+        block[:, :, : self.stored, 0] = numbers
+        return block
 
     # Appending
 
@@ -213,6 +240,8 @@ class Slots:
         self._tags = change(self._tags)
         if self._scores is not None:
             self._scores = change(self._scores)
+        if self._weights is not None:
+            self._weights = change(self._weights)
 
     def _tag(self, end: int) -> None:
         """Write what the slots from `stored` on will hold: the columns to come, one by one."""
@@ -224,6 +253,8 @@ class Slots:
         self._tags[:, :, begin:end, MODALITY] = 0
         if self._scores is not None:
             self._scores[:, :, begin:end] = 0
+        if self._weights is not None:
+            self._weights[:, :, begin:end] = 1
         self._num_tagged = end
 
     def note_turn(self, modality: Tensor, mask: Tensor | None) -> None:
@@ -266,6 +297,21 @@ class Slots:
         columns = self.columns
         real = mask.gather(1, columns.clamp(min=0).flatten(1).long()).view_as(columns)
         return real & (columns >= 0)
+
+    def biased(self, visible: Tensor | None) -> Tensor | None:
+        """Return what attention is masked with: `visible`, or where keys have weights their logs.
+
+        Args:
+            visible: as `visible` returns it.
+
+        Returns:
+            `visible`, or [batch_size, num_lists, stored] float32 to be added to the logits, -inf
+            where a slot may not be attended.
+        """
+        if self.key_weight is None:
+            return visible
+        bias = self.key_weight.log()
+        return bias if visible is None else bias.masked_fill(~visible, -torch.inf)
 
     # Removing
 
@@ -374,7 +420,8 @@ def evict_layers(layers: Sequence[Slots], victims: Sequence[Victims | None]) -> 
     groups: dict[tuple[int, ...], list[int]] = {}
     for i, (layer, own) in enumerate(zip(layers, victims, strict=True)):
         if own is not None and own.slots.shape[-1] > 0:
-            shape = (*own.slots.shape, *layer._keys.shape[:2], layer.stored)
+            is_weighted = layer.key_weight is not None
+            shape = (*own.slots.shape, *layer._keys.shape[:2], layer.stored, is_weighted)
             groups.setdefault(shape, []).append(i)
     for members in groups.values():
         blocks = [layers[i] for i in members]
@@ -385,6 +432,9 @@ def evict_layers(layers: Sequence[Slots], victims: Sequence[Victims | None]) -> 
         # Without scores, rows of no width.
         scores = [b._tags[..., :0] if b._scores is None else b._scores for b in blocks]
         ops.evict_slots_([b._tags for b in blocks], scores, index, lens)
+        weights = [b._weights for b in blocks if b._weights is not None]
+        if weights:
+            ops.evict_slots_(weights, [w[..., :0] for w in weights], index, lens)
         for block, own in zip(blocks, chosen, strict=True):
             block._forget(min(own.slots.shape[-1], block.stored), own.evicted_lens)
 
@@ -488,22 +538,22 @@ class LayerSlots:
         Args:
             query: [batch_size, num_qo_heads, qo_len, head_dim].
             mask: [batch_size, seen_len] bool of the conversation, None = no padding.
-            attend_block: attention of (query, keys, values, visible), the last [batch_size,
-                num_lists, stored] bool or None, that gives [batch_size, qo_len, num_qo_heads, *].
+            attend_block: attention of (query, keys, values, mask) that gives [batch_size, qo_len,
+                num_qo_heads, *]; the mask is what `Slots.biased` returns.
 
         Returns:
             [batch_size, qo_len, num_qo_heads, head_dim].
         """
         if self.members is None:
             slots = self.slots
-            return attend_block(query, slots.keys, slots.values, slots.visible(mask))
+            return attend_block(query, slots.keys, slots.values, slots.biased(slots.visible(mask)))
         folded = self._fold(query)
         masks = None if mask is None else self._repeat(mask)
         outputs = []
         for bucket, members in zip(self.buckets, self.members, strict=True):
             visible = bucket.visible(None if masks is None else masks.index_select(0, members))
             rows = folded.index_select(0, members)
-            outputs.append(attend_block(rows, bucket.keys, bucket.values, visible))
+            outputs.append(attend_block(rows, bucket.keys, bucket.values, bucket.biased(visible)))
         order = torch.cat(self.members).sort().indices
         output = torch.cat(outputs).index_select(0, order)
         if self.num_lists == 1:
@@ -547,6 +597,9 @@ class LayerSlots:
             padding_lens=padding.index_select(0, order)[:: self.num_lists],
             has_empty=True,
         )
+        weights = [w[..., None] for bucket in self.buckets if (w := bucket.key_weight) is not None]
+        if weights:
+            slots.weigh(self._united(weights, self.num_lists, 1)[..., 0])
         self.buckets, self.members = (slots,), None
 
     def _united(self, blocks: Sequence[Tensor], num_heads: int, fill: int) -> Tensor:
@@ -677,7 +730,17 @@ def _selected(old: Slots, selection: Selection, keys: Tensor, values: Tensor) ->
     )
     if old._scores is not None:
         new.track(_selected_rows(old._scores, selection)[..., 0])
+    weights = _selected_weights(old, selection)
+    if weights is not None:
+        new.weigh(weights)
     return new
+
+
+def _selected_weights(old: Slots, selection: Selection) -> Tensor | None:
+    """Return the weights of the kept keys [batch_size, num_lists, k], None = one each."""
+    if selection.key_weight is not None:
+        return selection.key_weight
+    return None if old._weights is None else _selected_rows(old._weights, selection)[..., 0]
 
 
 def _selected_rows(rows: Tensor, selection: Selection) -> Tensor:
@@ -693,6 +756,7 @@ def _split(old: Slots, selection: Selection, groups: Sequence[Sequence[int]]) ->
     batch_size, num_lists = selection.kept_lens.shape
     indices = selection.kept_indices.flatten(0, 1)
     tags = _selected_rows(old._tags, selection).flatten(0, 1)[:, None]
+    weights = _selected_weights(old, selection)
     padding = old.padding_lens.repeat_interleave(num_lists, 0)
     buckets, members = [], []
     for group in groups:
@@ -714,6 +778,8 @@ def _split(old: Slots, selection: Selection, groups: Sequence[Sequence[int]]) ->
             padding_lens=padding.index_select(0, ids),
             has_empty=True,
         )
+        if weights is not None:
+            bucket.weigh(weights.flatten(0, 1)[:, None].index_select(0, ids)[:, :, :k])
         buckets.append(bucket)
         members.append(ids)
     return LayerSlots(buckets, members, batch_size=batch_size, num_lists=num_lists)

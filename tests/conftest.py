@@ -49,11 +49,6 @@ def seed() -> None:
     torch.manual_seed(0)
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "every_isa: repeated for every CPU ISA by test_isa.py")
-    config.addinivalue_line("markers", "slow: left out unless asked for, with -m slow")
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark what would have run on CUDA too, so that the summary can count it (xdist included)."""
     for item in items:

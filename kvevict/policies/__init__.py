@@ -19,20 +19,24 @@ from kvevict.policies.base import (
     Selection,
     SharingPolicy,
     compact_layers,
-    evict_prompt,
     select_layers,
 )
 from kvevict.policies.between import LayerPolicy, Shortening
 from kvevict.policies.channels import ChannelPolicy
 from kvevict.policies.chunkkv import ChunkKV
 from kvevict.policies.corm import CORM
+from kvevict.policies.d2o import D2O
 from kvevict.policies.dbudgetkv import DBudgetKV
 from kvevict.policies.decode import DecodePolicy, Victims
+from kvevict.policies.engine import evict_prompt
 from kvevict.policies.flashcache import FlashCache
 from kvevict.policies.h2o import H2O
 from kvevict.policies.hae import HAE
+from kvevict.policies.keepkv import KeepKV
 from kvevict.policies.keydiff import KeyDiff
 from kvevict.policies.lightkv import LightKV
+from kvevict.policies.look_m import LookM
+from kvevict.policies.merging import Merged, MergingPolicy, merge_layers
 from kvevict.policies.mixkv import MixKV
 from kvevict.policies.prefixkv import PrefixKV
 from kvevict.policies.pyramidkv import PyramidKV
@@ -43,10 +47,12 @@ from kvevict.policies.tgv_kv import TGVKV
 from kvevict.policies.think import KeepAll, ThinK
 from kvevict.policies.tova import TOVA
 from kvevict.policies.vl_cache import VLCache
+from kvevict.policies.zsmerge import ZSMerge
 
 __all__ = [
     "AUDIO",
     "CORM",
+    "D2O",
     "H2O",
     "HAE",
     "IMAGE",
@@ -61,10 +67,14 @@ __all__ = [
     "DecodePolicy",
     "FlashCache",
     "KeepAll",
+    "KeepKV",
     "KeyDiff",
     "LayerPolicy",
     "LayerScores",
     "LightKV",
+    "LookM",
+    "Merged",
+    "MergingPolicy",
     "MixKV",
     "Policy",
     "PrefillPolicy",
@@ -80,10 +90,12 @@ __all__ = [
     "ThinK",
     "VLCache",
     "Victims",
+    "ZSMerge",
     "compact_layers",
     "evict_prompt",
     "get",
     "list",
+    "merge_layers",
     "select_layers",
 ]
 
@@ -114,24 +126,29 @@ def _think(
         fields["keep"] = keep
     if host is None and not fields:
         return ThinK(**own)
-    if host == "think" or (host is not None and host not in _POLICIES):
-        hosts = sorted(_POLICIES.keys() - {"think"})
+    hosts = sorted(_POLICIES.keys() - _WITHOUT_KEEP - {"think"})
+    if host is not None and host not in hosts:
         raise ValueError(
             f"kvevict.policies.get: host of think must be one of {hosts}, got {host!r}"
         )
-    return ThinK(_POLICIES[host or "snapkv"](**fields), **own)
+    build: Callable[..., Any] = _POLICIES[host or "snapkv"]
+    return ThinK(build(**fields), **own)
 
 
 # By the name of the module.
-_POLICIES: dict[str, Callable[..., PrefillPolicy]] = {
+_POLICIES: dict[str, Callable[..., PrefillPolicy | LayerPolicy]] = {
     "adakv": AdaKV,
     "chunkkv": ChunkKV,
     "corm": CORM,
+    "d2o": D2O,
     "dbudgetkv": DBudgetKV,
     "flashcache": FlashCache,
     "h2o": H2O,
     "hae": HAE,
+    "keepkv": KeepKV,
     "keydiff": KeyDiff,
+    "lightkv": LightKV,
+    "look_m": LookM,
     "mixkv": _mixkv,
     "prefixkv": PrefixKV,
     "pyramidkv": PyramidKV,
@@ -142,15 +159,24 @@ _POLICIES: dict[str, Callable[..., PrefillPolicy]] = {
     "think": _think,
     "tova": TOVA,
     "vl_cache": VLCache,
+    "zsmerge": ZSMerge,
 }
 
 
-def list() -> builtins.list[str]:
-    """Return the names that `get` knows."""
-    return sorted(_POLICIES)
+# These have no budget: what they leave depends on the prompt alone.
+_WITHOUT_KEEP = frozenset({"lightkv"})
 
 
-def get(name: str, **fields: Any) -> PrefillPolicy:
+def list(*, with_keep: bool = False) -> builtins.list[str]:
+    """Return the names that `get` knows.
+
+    Args:
+        with_keep: only of policies that take a budget, `keep`.
+    """
+    return sorted(_POLICIES.keys() - _WITHOUT_KEEP if with_keep else _POLICIES)
+
+
+def get(name: str, **fields: Any) -> PrefillPolicy | LayerPolicy:
     """Build a policy by name, e.g. `get("snapkv", keep=64, window=16)`.
 
     "mixkv" takes the name of its host and the host's fields: `get("mixkv", host="adakv", keep=64)`.

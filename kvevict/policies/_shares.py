@@ -28,7 +28,7 @@ def share_by_mass(policy: Policy, layers: Sequence[LayerScores], *, redistribute
     # totals / lens is 1 on a fresh prompt.
     share = _shares(layers) * totals / lens.clamp(min=1)
     fraction = len(layers) * ratio * share
-    return _fill(fraction, share) if redistribute else fraction
+    return fill(fraction, share) if redistribute else fraction
 
 
 def floor_share(count: Tensor, share: float | Tensor) -> Tensor:
@@ -68,7 +68,7 @@ def _shares(layers: Sequence[LayerScores]) -> Tensor:
     return (mass / total.where(total > 0, 1.0)).where(total > 0, even)
 
 
-def _fill(fraction: Tensor, share: Tensor) -> Tensor:
+def fill(fraction: Tensor, share: Tensor) -> Tensor:
     """Move what exceeds 1 to the other layers, by share, until no layer exceeds 1 or all are full.
 
     Both [num_layers, batch_size] float64. The sum over layers is kept where it is at most

@@ -1,7 +1,8 @@
 """What every eviction policy shares: score -> budget -> select -> compact.
 
-A policy never sees a framework. An engine (the transformers integration is one, `evict_prompt`
-below is the smallest) hands it the tensors of one layer at a time and gets back which keys stay:
+A policy never sees a framework. An engine (the transformers integration is one, `evict_prompt` of
+`kvevict.policies.engine` is the smallest) hands it the tensors of one layer at a time and gets back
+which keys stay:
 
 1. `row_index(prompt)`: which query rows the policy wants to look at;
 2. `observe(query, key, value, prompt, row_index)`: the scores of one layer, O(kv_len) of state;
@@ -10,7 +11,7 @@ below is the smallest) hands it the tensors of one layer at a time and gets back
 5. `select(layer, budget, k)`: the kept keys of one layer.
 
 These five are `PrefillPolicy`, the protocol of methods that decide after the prompt. Methods that
-act between layers or while decoding get protocols of their own beside it.
+merge, act between layers or while decoding get protocols of their own beside it.
 
 Budgets count every kept key: sinks, recent window, text and vision alike are inside `keep`, and
 where a method leaves whole layers alone, the others pay for them.
@@ -19,7 +20,7 @@ where a method leaves whole layers alone, the others pay for them.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, partial
 from numbers import Integral, Real
 from typing import ClassVar, Protocol, runtime_checkable
@@ -46,12 +47,16 @@ class Prompt:
         total_lens: [batch_size] int64, the real tokens of the conversation so far. It exceeds the
             real keys where an earlier turn was evicted; a ratio `keep` refers to it. None = the
             number of real keys.
+        key_weight: [batch_size, 1 | num_kv_heads, kv_len] float32, how many tokens each key counts
+            for in attention, where an earlier turn merged some; None = one each. Methods that
+            give such weights score with them.
     """
 
     modality: Tensor
     key_mask: Tensor | None = None
     qo_len: int | None = None
     total_lens: Tensor | None = None
+    key_weight: Tensor | None = None
 
     @property
     def kv_len(self) -> int:
@@ -159,12 +164,15 @@ class Selection:
         kept_lens: [batch_size, 1 | num_kv_heads] int32.
         keeps_all: every key slot stays, there is nothing to move.
         ragged: some list is shorter than k, so the compacted cache has empty slots at its end.
+        key_weight: [batch_size, 1 | num_kv_heads, k] float32, how many tokens each kept key counts
+            for in attention, which adds log(weight) to its logits; None = as many as before.
     """
 
     kept_indices: Tensor
     kept_lens: Tensor
     keeps_all: bool = False
     ragged: bool = False
+    key_weight: Tensor | None = None
 
 
 @runtime_checkable
@@ -512,41 +520,3 @@ def compact_layers(
         for i, new_key, new_value in zip(members, new_keys, new_values, strict=True):
             kept_keys[i], kept_values[i] = new_key, new_value
     return kept_keys, kept_values
-
-
-def evict_prompt(
-    policy: PrefillPolicy,
-    queries: Sequence[Tensor],
-    keys: Sequence[Tensor],
-    values: Sequence[Tensor],
-    prompt: Prompt,
-    *,
-    sm_scale: float | None = None,
-) -> tuple[list[Tensor], list[Tensor], tuple[Selection, ...] | None]:
-    """Run a policy over a prompt whose tensors are all at hand.
-
-    Channels that it drops (`ChannelPolicy`) are none of this function's business; see
-    `kvevict.channels`.
-
-    Args:
-        policy: what to keep.
-        queries: one [batch_size, num_qo_heads, qo_len, head_dim] per layer.
-        keys: one [batch_size, num_kv_heads, kv_len, head_dim] per layer.
-        values: like keys.
-        prompt: what the keys are.
-        sm_scale: the scale of the logits; None = 1 / sqrt(head_dim).
-
-    Returns:
-        The kept keys and values per layer, and the selections (None: nothing was evicted, the
-        tensors are the ones given).
-    """
-    prompt = replace(prompt, qo_len=queries[0].shape[2]) if queries else prompt
-    row_index = policy.row_index(prompt)
-    layers: list[LayerScores] = []
-    for query, key, value in zip(queries, keys, values, strict=True):
-        observe = observer(policy, layers[0] if layers else None)
-        layers.append(observe(query, key, value, prompt, row_index, sm_scale=sm_scale))
-    selections = select_layers(policy, layers)
-    if selections is None:
-        return list(keys), list(values), None
-    return *compact_layers(keys, values, selections), selections

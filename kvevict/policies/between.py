@@ -7,7 +7,7 @@ becomes of the others (dropped, merged into a neighbor), is the policy's busines
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -40,8 +40,8 @@ class Shortening:
 class LayerPolicy(Protocol):
     """Decides while the prompt passes through the layers."""
 
-    def shortening_layers(self, num_layers: int) -> Collection[int]:
-        """Return the layers behind which `shorten` is called; empty = it never is."""
+    def shortening_layers(self, num_layers: int) -> Sequence[int]:
+        """Return the layers behind which `shorten` is called, ascending; empty = it never is."""
         ...
 
     def shorten(
@@ -51,7 +51,7 @@ class LayerPolicy(Protocol):
         key: Tensor,
         prompt: Prompt,
         *,
-        layer_idx: int,
+        stage: int,
         scores: LayerScores | None = None,
         sm_scale: float | None = None,
     ) -> Shortening | None:
@@ -63,7 +63,7 @@ class LayerPolicy(Protocol):
             query: [batch_size, num_qo_heads, kv_len, head_dim] of that layer's attention (rotated).
             key: [batch_size, num_kv_heads, kv_len, head_dim].
             prompt: what the rows are.
-            layer_idx: which layer it was.
+            stage: which of `shortening_layers` it was, counted from 0.
             scores: what the policy observed in this layer, if it is a `PrefillPolicy`, too.
             sm_scale: the scale of the logits; None = 1 / sqrt(head_dim).
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kvevict import ops
 from kvevict.ops.enums import HeadReduction, Statistic
+from kvevict.policies._lists import in_list
 from kvevict.policies._shares import keep_whole
 from kvevict.policies.base import IMAGE, VIDEO, LayerScores, Policy, Prompt, select_layers
 from kvevict.policies.between import Shortening
@@ -198,10 +199,7 @@ class HAE(Policy):
             max_evicted=self.max_evicted,
             key_mask=prompt.key_mask,
         )
-        kept = torch.zeros(len(vision), kv_len + 1, dtype=torch.bool, device=sums.device)
-        index = kept_indices[:, 0].long()
-        kept.scatter_(1, index.where(index >= 0, kv_len), True)
-        gone = vision & ~kept[:, :kv_len]
+        gone = vision & ~in_list(kept_indices[:, 0], kv_len)
         # One always stays: the one with the largest sum.
         place = torch.arange(kv_len, device=sums.device)
         best = sums[:, 0].where(vision, -1.0).max(1, keepdim=True).indices if kv_len else place
@@ -239,7 +237,7 @@ class HAE(Policy):
         key: Tensor,
         prompt: Prompt,
         *,
-        layer_idx: int,
+        stage: int,
         scores: LayerScores | None = None,
         sm_scale: float | None = None,
     ) -> Shortening | None:

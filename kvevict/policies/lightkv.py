@@ -11,8 +11,12 @@ from torch import Tensor
 
 from kvevict import ops
 from kvevict.ops.enums import HeadReduction
+from kvevict.policies._lists import in_list, part_of
 from kvevict.policies.base import LayerScores, Prompt, Selection
 from kvevict.policies.between import Shortening
+
+DEPTHS = (3 / 8, 9 / 16, 3 / 4)
+"""Of the published stages, as shares of the model's layers."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,8 @@ class LightKV:
     - where all weights of a group are zero, the plain mean.
 
     Attributes:
-        merge_layers: the layers behind which tokens are merged.
+        merge_layers: the layers behind which tokens are merged, one per stage. None = at 3/8, 9/16
+            and 3/4 of the model's depth: layers 12, 18 and 24 of 32, as published.
         windows: windows per side of an image, for every stage, or one for all.
         drop: the share of the tokens that goes at a stage, for every stage, or one for all.
         guidance: weights of the mean: "text" or "uniform".
@@ -53,7 +58,7 @@ class LightKV:
             place in the "conversation", as released, or follow the "stored" rows.
     """
 
-    merge_layers: tuple[int, ...] = (12, 18, 24)
+    merge_layers: tuple[int, ...] | None = None
     windows: tuple[int, ...] = (4, 2, 1)
     drop: tuple[float, ...] = (0.5, 0.5, 0.5)
     guidance: Literal["text", "uniform"] = "text"
@@ -62,13 +67,16 @@ class LightKV:
 
     def __post_init__(self) -> None:
         layers = self.merge_layers
-        if not layers or list(layers) != sorted({*layers}) or layers[0] < 0:
+        if layers is not None and (
+            not layers or list(layers) != sorted({*layers}) or layers[0] < 0
+        ):
             raise ValueError(f"LightKV: merge_layers must ascend from at least 0, got {layers}")
+        num_stages = len(DEPTHS if layers is None else layers)
         for name in ("windows", "drop"):
             values = getattr(self, name)
-            if len(values) not in (1, len(layers)):
+            if len(values) not in (1, num_stages):
                 raise ValueError(
-                    f"LightKV: {name} must have 1 or {len(layers)} values, got {values}"
+                    f"LightKV: {name} must have 1 or {num_stages} values, got {values}"
                 )
         if any(isinstance(w, bool) or not isinstance(w, int) or w < 1 for w in self.windows):
             raise ValueError(f"LightKV: windows must be ints of at least 1, got {self.windows}")
@@ -83,17 +91,20 @@ class LightKV:
                 raise ValueError(f"LightKV: {name} must be {allowed}, got {getattr(self, name)!r}")
 
     def shortening_layers(self, num_layers: int) -> tuple[int, ...]:
-        """Return `merge_layers`.
+        """Return `merge_layers`, or those of its default.
 
         Raises:
-            ValueError: if the model has fewer layers.
+            ValueError: if the model has fewer layers, or fewer than 4 where they are by default.
         """
-        if self.merge_layers[-1] >= num_layers:
+        layers = self.merge_layers
+        if layers is None:
+            layers = tuple(int(num_layers * depth) for depth in DEPTHS)
+        if layers[-1] >= num_layers or len({*layers}) < len(layers):
             raise ValueError(
-                f"LightKV: merge_layers must be below the number of layers, {num_layers}, got "
-                f"{self.merge_layers}"
+                f"LightKV: merge_layers must be different layers below {num_layers}, the number of "
+                f"the model's, got {layers}"
             )
-        return self.merge_layers
+        return layers
 
     def shorten(
         self,
@@ -102,12 +113,11 @@ class LightKV:
         key: Tensor,
         prompt: Prompt,
         *,
-        layer_idx: int,
+        stage: int,
         scores: LayerScores | None = None,
         sm_scale: float | None = None,
     ) -> Shortening | None:
         """Merge. Synchronizes with the device for the number of rows that are left."""
-        stage = self.merge_layers.index(layer_idx)
         plan = plan_windows(
             prompt, self.windows[stage % len(self.windows)], self.drop[stage % len(self.drop)]
         )
@@ -126,9 +136,7 @@ class LightKV:
         matched = match[:, 0].where(chosen, -1)
         ops.merge_tokens_([merged[:, None]], source[:, None], matched[:, None], weight)
 
-        gone = torch.zeros(len(source), kv_len + 1, dtype=torch.bool, device=source.device)
-        gone.scatter_(1, source.where(chosen, kv_len).long(), True)
-        kept = prompt.valid & ~gone[:, :kv_len]
+        kept = prompt.valid & ~in_list(source.where(chosen, -1), kv_len)
         lens = kept.sum(1)
         counts: list[list[int]] = torch.stack([lens, prompt.lens]).tolist()
         if counts[0] == counts[1]:
@@ -232,8 +240,8 @@ def plan_windows(prompt: Prompt, window: int, drop: float) -> Windows:
     first, length = _runs(kind)
     side = length.double().sqrt().ceil().long()
     token = place - first
-    group = (first * window + _part(token // side, side, window)) * window
-    group = group + _part(token % side, side, window)
+    group = (first * window + part_of(token // side, side, window)) * window
+    group = group + part_of(token % side, side, window)
     is_small = prompt.is_vision & (length < 8 * window**2)
     takes_part = prompt.is_vision & ~is_small.any(1, keepdim=True)
     none = prompt.kv_len * window**2
@@ -256,14 +264,3 @@ def _runs(values: Tensor) -> tuple[Tensor, Tensor]:
     is_last = torch.cat([changes[:, 1:], torch.ones_like(changes[:, :1])], 1)
     end = place.where(is_last, values.shape[1]).flip(1).cummin(1).values.flip(1)
     return begin, end - begin + 1
-
-
-def _part(place: Tensor, side: Tensor, window: int) -> Tensor:
-    """Return the part of a side that a place is in; the first `side % window` parts are longer."""
-    short, rest = side // window, side % window
-    split = rest * (short + 1)
-    return torch.where(
-        place < split,
-        place // (short + 1),
-        rest + (place - split) // short.clamp(min=1),
-    )

@@ -16,6 +16,7 @@ from kvevict.policies.base import LayerScores, Policy, PrefillPolicy, Prompt, ob
 from kvevict.policies.between import LayerPolicy
 from kvevict.policies.channels import ChannelPolicy
 from kvevict.policies.decode import DecodePolicy
+from kvevict.policies.merging import MergingPolicy
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,8 @@ class ThinK:
         num_recent: newest keys that keep all channels.
 
     Raises:
-        ValueError: if a field is out of range, or the host evicts while decoding, drops rows
-            between layers or drops channels itself.
+        ValueError: if a field is out of range, or the host merges, evicts while decoding, drops
+            rows between layers or drops channels itself.
     """
 
     host: PrefillPolicy = field(default_factory=KeepAll)
@@ -91,6 +92,8 @@ class ThinK:
             raise ValueError(
                 f'ThinK: host must not evict while decoding (decode="append"), got {host!r}'
             )
+        if isinstance(host, MergingPolicy):
+            raise ValueError(f"ThinK: host must not merge, got {host!r}")
         if isinstance(host, LayerPolicy) and host.shortening_layers(sys.maxsize):
             raise ValueError(f"ThinK: host must not drop rows between layers, got {host!r}")
 

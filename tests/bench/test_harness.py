@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections import namedtuple
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -192,3 +195,13 @@ def test_an_operator_in_place_is_checked_on_a_copy() -> None:
     assert returned == 0
     assert torch.equal(overwritten, torch.zeros(4))
     assert torch.equal(results["peer"], torch.ones(4))
+
+
+def test_every_benchmark_is_found() -> None:
+    """As `make bench` starts it, without the tests' own configuration."""
+    command = [sys.executable, "-m", "pytest", "bench", "--collect-only", "-q"]
+    root = Path(__file__).parents[2]
+    found = subprocess.run(command, capture_output=True, text=True, cwd=root, check=False)
+    assert found.returncode == 0, found.stdout + found.stderr
+    ops = {path.name for path in root.glob("bench/ops/bench_*.py")}
+    assert {name for name in ops if name not in found.stdout} == set()

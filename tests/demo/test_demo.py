@@ -64,7 +64,7 @@ def test_keeping_all_agrees_everywhere(
 def test_every_policy_side_by_side(
     tiny_demo: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    names = policies.list()
+    names = policies.list(with_keep=True)
     arguments = ["--compare", ",".join(names), "--keep", "9", "--new-tokens", "2"]
     assert demo.main([*arguments, "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
@@ -72,7 +72,7 @@ def test_every_policy_side_by_side(
     rows = {line.split()[0]: line.split() for line in table.splitlines()}
     assert rows["full"][1:3] == ["16.0", "9.0"]
     for name in names:
-        row = rows[type(policies.get(name, keep=9)).__name__]
+        row = rows[type(demo.make_policy(name, 9)).__name__]
         assert len(row) == 10
         assert float(row[1]) + float(row[2]) < 16
     with Image.open(tmp_path / "compared.png") as picture:

@@ -29,6 +29,9 @@ class MaskedReference:
     `live` maps a layer to what each forward of the newest row sees, one after the other:
     [batch_size, 1 | num_kv_heads, kv_len] bool. `hidden` maps a layer to columns that no row of it
     sees, [batch_size, 1, prompt_len] bool.
+
+    `stored` maps a layer to what merging made of the prompt, for the rows after it: keys and values
+    [batch_size, num_kv_heads, prompt_len, head_dim] and weights, their shape without head_dim.
     """
 
     def __init__(self, prompt_len: int, kept: dict[int, Tensor] | None = None) -> None:
@@ -37,6 +40,7 @@ class MaskedReference:
         self.faded: dict[int, Tensor] = {}
         self.live: dict[int, list[Tensor]] = {}
         self.hidden: dict[int, Tensor] = {}
+        self.stored: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
         self.steps: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {}
         self.recorded: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {}
 
@@ -55,6 +59,14 @@ class MaskedReference:
         records.setdefault(module.layer_idx, []).append((query, key, value))
         batch_size, num_qo_heads, qo_len, _ = query.shape
         kv_len, group_size = key.shape[2], num_qo_heads // key.shape[1]
+        bias = torch.zeros(1)
+        if module.layer_idx in self.stored and kv_len > self.prompt_len:
+            keys, values, weights = self.stored[module.layer_idx]
+            key = torch.cat([keys.to(key.dtype), key[:, :, self.prompt_len :]], 2)
+            value = torch.cat([values.to(value.dtype), value[:, :, self.prompt_len :]], 2)
+            new = weights.new_ones(*key.shape[:2], kv_len - self.prompt_len)
+            bias = torch.cat([weights, new], 2).log().float().repeat_interleave(group_size, 1)
+            bias = bias[:, :, None]
         row = torch.arange(kv_len - qo_len, kv_len)[:, None]
         visible = (torch.arange(kv_len) <= row).expand(batch_size, num_qo_heads, -1, -1).clone()
         if mask is not None:
@@ -76,7 +88,7 @@ class MaskedReference:
             faded = faded.repeat_interleave(batch_size // faded.shape[0], 0)
             prompt = key[:, :, : self.prompt_len].masked_fill(faded, 0)
             key = torch.cat([prompt, key[:, :, self.prompt_len :]], 2)
-        logits = query.float() @ key.float().repeat_interleave(group_size, 1).mT * scaling
+        logits = query.float() @ key.float().repeat_interleave(group_size, 1).mT * scaling + bias
         weights = logits.masked_fill(~visible, -torch.inf).softmax(-1)
         output = weights @ value.float().repeat_interleave(group_size, 1)
         return output.transpose(1, 2).to(query.dtype).contiguous(), None

@@ -71,7 +71,7 @@ class DropThirds:
     def shorten(
         self, hidden_states: Tensor, query: Tensor, key: Tensor, prompt: Prompt, **options: Any
     ) -> Shortening:
-        every = 3 - options["layer_idx"]
+        every = 3 - options["stage"]
         self.lens.append(hidden_states.shape[1])
         assert query.shape[2] == key.shape[2] == prompt.kv_len == hidden_states.shape[1]
         kept = prompt.valid & ((prompt.rank_from_start % every != 1) | (prompt.rank_from_end == 0))
@@ -365,9 +365,10 @@ def test_merging_and_beam_search() -> None:
 
 
 @pytest.mark.parametrize("name", LIGHTKV)
-def test_merging_a_padded_batch(name: str) -> None:
+@pytest.mark.parametrize("model_name", VISION_MODELS)
+def test_merging_a_padded_batch(model_name: str, name: str) -> None:
     """One and two images, and a sequence without any, which keeps its positions."""
-    model, policy = get_model("qwen2_5_vl"), LIGHTKV[name]
+    model, policy = get_model(model_name), LIGHTKV[name]
     rows = [*BATCHES["left_padded"], Row(31, ())]
     inputs = make_inputs(model, rows)
     with kvevict.evict(model, policy):
@@ -375,14 +376,16 @@ def test_merging_a_padded_batch(name: str) -> None:
     for b in range(len(rows)):
         alone_inputs = row_of(model, inputs, rows, b)
         if b == 3:
-            del alone_inputs["pixel_values"], alone_inputs["image_grid_thw"]
+            text_only = alone_inputs.keys() - {"pixel_values", "image_grid_thw"}
+            alone_inputs = {key: alone_inputs[key] for key in text_only}
         with kvevict.evict(model, policy):
             alone = generate(model, alone_inputs, num_new=6)
         torch.testing.assert_close(logits_of(batch)[b], logits_of(alone)[0], rtol=0, atol=2e-4)
 
 
-def test_merging_in_bfloat16_and_with_deepstack() -> None:
-    model = copy.deepcopy(get_model("qwen3_vl")).bfloat16()
+@pytest.mark.parametrize("model_name", VISION_MODELS)
+def test_merging_in_bfloat16(model_name: str) -> None:
+    model = copy.deepcopy(get_model(model_name)).bfloat16()
     inputs = make_inputs(model, BATCHES["left_padded"])
     inputs["pixel_values"] = inputs["pixel_values"].bfloat16()
     with kvevict.evict(model, LIGHTKV["positions_follow"]) as eviction:
@@ -390,3 +393,31 @@ def test_merging_in_bfloat16_and_with_deepstack() -> None:
     assert torch.isfinite(logits_of(output)).all()
     lens = [layer.kept_lens[:, 0].tolist() for layer in eviction.kept]
     assert lens == [[33, 50, 58], [25, 34, 42], [21, 26, 34]]
+
+
+def test_merging_leaves_text_alone() -> None:
+    model = get_model("llama")
+    inputs = make_inputs(model, [LONG_ROW])
+    expected = generate(model, inputs)
+    with kvevict.evict(model, LIGHTKV["released"]):
+        actual = generate(model, inputs)
+    torch.testing.assert_close(logits_of(actual), logits_of(expected), rtol=0, atol=5e-5)
+
+
+@pytest.mark.parametrize("model_name", ["llava", "qwen2_5_vl"])
+def test_a_turn_after_merging(model_name: str) -> None:
+    """Its tokens see the whole image, though later layers hold a part of it."""
+    model, policy = get_model(model_name), LIGHTKV["positions_kept"]
+    inputs = make_inputs(model, [TWO_IMAGES])
+    with kvevict.evict(model, policy), torch.no_grad():
+        first = generate(model, inputs, num_new=3)
+        tokens = torch.cat([first.sequences, torch.tensor([[11, 12, 13]])], 1)
+        again = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+        if "mm_token_type_ids" in inputs:
+            zeros = torch.zeros(1, tokens.shape[1] - inputs["input_ids"].shape[1]).int()
+            again["mm_token_type_ids"] = torch.cat([inputs["mm_token_type_ids"], zeros], 1)
+        second = generate(model, again, num_new=2, past_key_values=first.past_key_values)
+    prompt_len = inputs["input_ids"].shape[1]
+    fed = second.sequences[0, prompt_len:-1].tolist()
+    expected, _ = merge_and_run(model, inputs, policy, fed)
+    torch.testing.assert_close(logits_of(second)[0], expected[-2:], rtol=0, atol=2e-4)

@@ -27,6 +27,7 @@ from tests.integrations.tiny_models import (
     generate,
     make_inputs,
 )
+from tests.policies.merge_oracles import MERGES, Stored, merge_by_oracle
 from tests.policies.oracles import Sequence, keep_by_oracle, think_channels
 
 # What prompts of 33 to 58 tokens need other than the default.
@@ -56,7 +57,7 @@ NUM_NEW = 10
 def matrix() -> Iterator[Any]:
     """Yield all cases; of a policy and a model one after the other is not slow."""
     shapes = [(batch, dtype) for dtype in DTYPES for batch in BATCHES]
-    for i, name in enumerate(policies.list()):
+    for i, name in enumerate(policies.list(with_keep=True)):
         for j, model_name in enumerate(MODELS):
             for k, (batch, dtype) in enumerate(shapes):
                 marks = [] if k == (i + j) % len(shapes) else [pytest.mark.slow]
@@ -84,14 +85,19 @@ class Recorder:
             return attribute
 
         def observe_later(first: Any, *args: Any, **options: Any) -> Any:
-            self.seen.append(args[:3])
+            self._note(args[:3])
             return attribute(first, *args, **options)
 
         return observe_later
 
     def observe(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any) -> Any:
-        self.seen.append((query, key, value))
+        self._note((query, key, value))
         return self.policy.observe(query, key, value, *args, **options)
+
+    def _note(self, tensors: tuple[Tensor, Tensor, Tensor]) -> None:
+        # Copies: a policy that merges writes into keys and values.
+        query, key, value = (tensor.clone() for tensor in tensors)
+        self.seen.append((query, key, value))
 
 
 def letters_of(inputs: dict[str, Tensor], image_token_id: int | None) -> list[str]:
@@ -118,6 +124,21 @@ def two_turns(model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, Any]:
     return torch.stack(second.logits, 1), second.past_key_values
 
 
+def padded_batch(layers: list[Stored], prompt_len: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return keys, values and weights of left-padded sequences."""
+
+    def padded(states: Tensor, fill: float) -> Tensor:
+        new = states.new_full((states.shape[0], prompt_len, *states.shape[2:]), fill)
+        new[:, prompt_len - states.shape[1] :] = states
+        return new
+
+    return (
+        torch.stack([padded(layer.keys, 0) for layer in layers]),
+        torch.stack([padded(layer.values, 0) for layer in layers]),
+        torch.stack([padded(layer.weights, 1) for layer in layers]),
+    )
+
+
 @pytest.mark.parametrize(("name", "model_name", "batch", "dtype"), matrix())
 def test_a_policy_on_a_model(name: str, model_name: str, batch: str, dtype: str) -> None:
     model = get_model(model_name, dtype)
@@ -133,15 +154,16 @@ def test_a_policy_on_a_model(name: str, model_name: str, batch: str, dtype: str)
     assert len(recorder.seen) == NUM_LAYERS
     assert cache.get_seq_length() == prompt_len + NUM_NEW + 1
 
-    # What is kept, by the oracle of the policy on the tensors of this run.
+    # What is kept and stored, by the oracles of the policy on the tensors of this run.
+    stored: list[list[Stored]] = []
     image_token_id = getattr(model.config, "image_token_id", None)
     for b, row in enumerate(letters_of(inputs, image_token_id)):
         padding = row.count(".")
         tensors = [[t[b, :, padding:].float() for t in layer] for layer in recorder.seen]
         sequence = Sequence(row[padding:], *map(list, zip(*tensors, strict=True)))
-        for layer, expected in zip(
-            eviction.kept, keep_by_oracle(name, policy, sequence), strict=True
-        ):
+        expected_lists = keep_by_oracle(name, policy, sequence)
+        stored.append(merge_by_oracle(name, policy, sequence, expected_lists))
+        for layer, expected in zip(eviction.kept, expected_lists, strict=True):
             lists = zip(layer.kept_indices[b].tolist(), layer.kept_lens[b].tolist(), strict=True)
             kept = [[j - padding for j in indices[:count]] for indices, count in lists]
             assert kept == expected * (len(kept) // len(expected))
@@ -149,9 +171,13 @@ def test_a_policy_on_a_model(name: str, model_name: str, batch: str, dtype: str)
             channels = [layer.kept_channels for layer in eviction.kept]
             assert [c[b].tolist() for c in channels] == think_channels(policy, sequence)
 
-    # What the second turn computes, by a full cache with the rest masked.
+    # What the second turn computes, by a full cache, merged, with the rest masked.
     masks = {layer.layer_idx: kept_mask(layer.kept_indices, prompt_len) for layer in eviction.kept}
     with masked_reference(model, prompt_len, masks) as reference:
+        if name in MERGES:
+            for i, layer in enumerate(eviction.kept):
+                own = [sequence[i] for sequence in stored]
+                reference.stored[layer.layer_idx] = padded_batch(own, prompt_len)
         if isinstance(policy, policies.ChannelPolicy):
             reference.faded = {
                 layer.layer_idx: faded_mask(layer, policy.num_recent, prompt_len, 16)

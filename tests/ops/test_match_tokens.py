@@ -102,6 +102,19 @@ def test_none_has_no_group(backend: Backend) -> None:
 
 
 @pytest.mark.every_isa
+@pytest.mark.parametrize("dim", [8, 200])
+def test_small_tokens_are_less_similar(backend: Backend, dim: int) -> None:
+    """Where norms are below 1e-3, the 1e-8 in the denominator counts; it differs by list."""
+    shape = Tokens("small", 2, 3, 40, dim, 20, 19, 3)
+    arguments = matching_arguments(shape, torch.float32, backend.device)
+    scale = torch.logspace(-5, -4, 6, device=backend.device).view(2, 3, 1, 1)
+    arguments["tokens"] = arguments["tokens"] * scale
+    _, similarity = backend.op(OP)(**arguments)
+    assert 0 < similarity[0, 0].max() < 0.8 * similarity[1, 2].max()
+    assert_right(backend, arguments)
+
+
+@pytest.mark.every_isa
 @every_dtype
 @pytest.mark.parametrize("dim", [8, 128, 520])
 def test_ties_go_to_the_first(backend: Backend, dim: int, dtype: torch.dtype) -> None:

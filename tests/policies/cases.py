@@ -53,6 +53,11 @@ FIELDS: dict[str, list[dict[str, Any]]] = {
         {"window": 4, "num_recent": 5},
         {"keep": 0.4, "window": 3, "num_recent": 2, "num_sink": 2},
     ],
+    "d2o": [
+        {"keep": 0.4},
+        {"keep": 7, "num_sink": 1, "recent_share": 0.5, "merging": "exponential"},
+        {"keep": 0.6, "num_sink": 0},
+    ],
     "dbudgetkv": [
         {"num_full": 1, "tolerance": 0.05, "num_sink": 2},
         {"keep": 0.5, "num_full": 1, "num_recent": 2, "tolerance": 0.2},
@@ -72,7 +77,17 @@ FIELDS: dict[str, list[dict[str, Any]]] = {
         {"ratio": 0.2, "alpha": 0.6, "num_sink": 1, "max_evicted": 4},
         {"kappa": 1.2, "alpha": 1.0, "keep": 0.4},
     ],
+    "keepkv": [
+        {"keep": 0.4, "window": 4, "similarity": 0.3},
+        {"keep": 7, "window": 1, "num_sink": 1, "similarity": -1.0},
+        {"keep": 0.5, "window": 32, "decay": 0.5, "similarity": 0.0},
+    ],
     "keydiff": [{"keep": 0.4}, {"keep": 7, "num_sink": 0}],
+    "look_m": [
+        {"keep": 0.4},
+        {"keep": 7, "num_sink": 1, "recent_share": 0.3, "merging": "weighted"},
+        {"keep": 0.5, "recent_share": 1.0, "merging": "average"},
+    ],
     "mixkv": [
         {"keep": 0.4, "window": 4},
         {"keep": 11, "window": 3, "num_sink": 1, "host": "adakv", "pool_kernel": 1},
@@ -104,6 +119,11 @@ FIELDS: dict[str, list[dict[str, Any]]] = {
     "vl_cache": [
         {"keep": 0.4},
         {"keep": 9, "threshold": 0.2, "recent_share": 0.3, "num_sink": 1, "redistribute": True},
+    ],
+    "zsmerge": [
+        {"keep": 0.4},
+        {"keep": 8, "num_sink": 1, "num_residual": 3, "decay": 0.7},
+        {"keep": 0.5, "num_sink": 0, "num_residual": 5, "tail_share": 0.3},
     ],
 }
 CASES: dict[str, tuple[str, PrefillPolicy]] = {

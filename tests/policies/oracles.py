@@ -161,6 +161,63 @@ def h2o(policy: Any, s: Sequence) -> Kept:
     return kept
 
 
+def look_m(policy: Any, s: Sequence) -> Kept:
+    budget = tokens_of(policy.keep, s.length)
+    recent = math.floor(budget * policy.recent_share + 1e-6)
+    forced = forced_of(policy, s.length, budget, recent)
+    others = [j for j in range(s.length) if j not in forced]
+    kept = []
+    for attention in s.attention:
+        lists = []
+        for row in s.of_groups(attention.sum(1)):
+            order = sorted(others, key=lambda j: (j in s.vision, -float(row[j]), j))
+            lists.append(sorted([*forced, *order[: budget - len(forced)]]))
+        kept.append(lists)
+    return kept
+
+
+def zsmerge(policy: Any, s: Sequence) -> Kept:
+    kept = []
+    for own, residual in (zsmerge_parts(policy, s, layer) for layer in range(s.num_layers)):
+        firsts = [[group[0] for group in groups] for groups in residual]
+        kept.append([sorted([*a, *b]) for a, b in zip(own, firsts, strict=True)])
+    return kept
+
+
+def zsmerge_parts(
+    policy: Any, s: Sequence, layer: int
+) -> tuple[list[list[int]], list[list[list[int]]]]:
+    """Return for every head the keys that stay for themselves, and the groups of the others."""
+    budget = tokens_of(policy.keep, s.length)
+    num_residual = min(policy.num_residual, budget // 2)
+    tail = max(2, math.floor(budget * policy.tail_share + 1e-6))
+    forced = forced_of(policy, s.length, budget - num_residual, tail)
+    decay = policy.decay ** torch.arange(s.length - 1, -1, -1)
+    kept, residual = [], []
+    for row in s.of_groups((s.attention[layer] * decay[:, None]).sum(1)):
+        kept.append(choose(s.length, forced, row, budget - num_residual))
+        left = [j for j in range(s.length) if j not in kept[-1]]
+        sizes = [
+            len(left) // num_residual + (i < len(left) % num_residual) for i in range(num_residual)
+        ]
+        residual.append([[left.pop(0) for _ in range(size)] for size in sizes])
+    return kept, residual
+
+
+def keepkv(policy: Any, s: Sequence) -> Kept:
+    budget = tokens_of(policy.keep, s.length)
+    forced = forced_of(policy, s.length, budget, policy.window)
+    part = policy.decay ** torch.arange(s.length - 1, -1, -1)
+    part[: max(s.length - policy.window, 0)] = 0
+    return [
+        [
+            choose(s.length, forced, row, budget)
+            for row in s.of_groups((attention * part[:, None]).sum(1))
+        ]
+        for attention in s.attention
+    ]
+
+
 def snap_forced(policy: Any, s: Sequence) -> set[int]:
     return forced_of(policy, s.length, tokens_of(policy.keep, s.length), policy.window)
 
@@ -329,6 +386,43 @@ def corm(policy: Any, s: Sequence) -> Kept:
     return kept
 
 
+def d2o_budgets(policy: Any, s: Sequence) -> list[int]:
+    budget = tokens_of(policy.keep, s.length)
+    whole = {0, 1, s.num_layers - 1} & {*range(s.num_layers)}
+    others = [i for i in range(s.num_layers) if i not in whole]
+    if not others:
+        return [budget] * s.num_layers
+    total = budget * s.num_layers
+    of_whole = min(s.length, max(total // 2 // len(whole), 1))
+    parts = {}
+    for i in others:
+        variance = s.attention[i].sum(1).var(1)
+        low, high = variance.min(), variance.max()
+        parts[i] = math.exp(-float(((variance - low) / (high - low + 1e-6)).mean()))
+    left, open_layers, sizes = total - len(whole) * of_whole, dict(parts), {}
+    while any(left * p / sum(open_layers.values()) > s.length for p in open_layers.values()):
+        unit = left / sum(open_layers.values())
+        full = [i for i, p in open_layers.items() if unit * p > s.length]
+        for i in full:
+            sizes[i] = s.length
+            left -= s.length
+            del open_layers[i]
+    for i, p in open_layers.items():
+        sizes[i] = max(1, math.floor(left * p / sum(open_layers.values()) + 1e-6))
+    return [of_whole if i in whole else sizes[i] for i in range(s.num_layers)]
+
+
+def d2o(policy: Any, s: Sequence) -> Kept:
+    kept = []
+    for attention, budget in zip(s.attention, d2o_budgets(policy, s), strict=True):
+        recent = math.floor(budget * policy.recent_share + 1e-6)
+        forced = forced_of(policy, s.length, budget, recent)
+        kept.append(
+            [choose(s.length, forced, row, budget) for row in s.of_groups(attention.sum(1))]
+        )
+    return kept
+
+
 def dbudgetkv(policy: Any, s: Sequence) -> Kept:
     budget = tokens_of(policy.keep, s.length)
     forced = forced_of(policy, s.length, budget, policy.num_recent)
@@ -483,11 +577,14 @@ ORACLES: dict[str, Callable[[Any, Sequence], Kept]] = {
     "adakv": adakv,
     "chunkkv": chunkkv,
     "corm": corm,
+    "d2o": d2o,
     "dbudgetkv": dbudgetkv,
     "flashcache": flashcache,
     "h2o": h2o,
     "hae": hae,
+    "keepkv": keepkv,
     "keydiff": keydiff,
+    "look_m": look_m,
     "mixkv": mixkv,
     "prefixkv": prefixkv,
     "pyramidkv": pyramidkv,
@@ -498,6 +595,7 @@ ORACLES: dict[str, Callable[[Any, Sequence], Kept]] = {
     "think": think,
     "tova": tova,
     "vl_cache": vl_cache,
+    "zsmerge": zsmerge,
 }
 
 

@@ -98,7 +98,7 @@ def test_the_pruned_rows_are_those_of_the_cache() -> None:
     assert list(HAE().shortening_layers(4)) == []
     first = policy.observe(query, key, value, prompt, policy.row_index(prompt))
     shortening = policy.shorten(
-        torch.zeros(3, prompt.kv_len, 4), query, key, prompt, layer_idx=0, scores=first
+        torch.zeros(3, prompt.kv_len, 4), query, key, prompt, stage=0, scores=first
     )
     assert shortening is not None
     (selection,) = policies.select_layers(policy, [first]) or ()

@@ -26,7 +26,7 @@ def test_worked_example() -> None:
     weight = policy.weigh(query, key, prompt, 1.0)
     expected = torch.tensor([2, 3, 3, 2, 4, 4, 2, 3, 3, 2]) / 14
     torch.testing.assert_close(weight[0, 0], expected)
-    result = policy.shorten(hidden, query, key, prompt, layer_idx=3, sm_scale=1.0)
+    result = policy.shorten(hidden, query, key, prompt, stage=0, sm_scale=1.0)
     assert result is not None
     assert kept_lists(result.selection) == [[[0, 1, 2, 4, 6, 7, 8, 9]]]
     assert result.hidden_states is not None
@@ -81,7 +81,7 @@ def test_merging_equals_the_loops(rows_name: str, fields: dict[str, Any]) -> Non
     query, key = torch.randn(batch_size, 4, kv_len, 8) * 2, torch.randn(batch_size, 2, kv_len, 8)
     policy = LightKV(merge_layers=(1,), **{"drop": (0.5,), **fields})
     assert isinstance(policy, LayerPolicy)
-    result = policy.shorten(hidden, query, key, prompt, layer_idx=1)
+    result = policy.shorten(hidden, query, key, prompt, stage=0)
     changed = []
     for b, row in enumerate(rows):
         padding = row.count(".")
@@ -106,7 +106,7 @@ def test_without_text_the_mean_is_plain() -> None:
     prompt = make_prompt("i" * 40)
     hidden, query, key = torch.randn(1, 40, 8), torch.randn(1, 2, 40, 8), torch.randn(1, 1, 40, 8)
     policies = [LightKV((0,), (1,), (0.5,), guidance=g) for g in ("text", "uniform")]  # type: ignore[arg-type]
-    results = [p.shorten(hidden, query, key, prompt, layer_idx=0) for p in policies]
+    results = [p.shorten(hidden, query, key, prompt, stage=0) for p in policies]
     assert results[0] is not None
     assert results[1] is not None
     assert torch.equal(results[0].selection.kept_indices, results[1].selection.kept_indices)
@@ -120,7 +120,7 @@ def test_equal_and_unordered_similarities() -> None:
     hidden[0, 3] = torch.nan
     query = key = torch.zeros(1, 1, 18, 8)
     policy = LightKV((0,), (1,), (0.25,))
-    result = policy.shorten(hidden, query, key, prompt, layer_idx=0)
+    result = policy.shorten(hidden, query, key, prompt, stage=0)
     assert result is not None
     gone = {*range(18)} - {*kept_lists(result.selection)[0][0]}
     assert gone == {1, 5, 7, 9}
@@ -146,5 +146,10 @@ def test_refused_fields(fields: dict[str, Any], message: str) -> None:
 
 def test_layers_that_the_model_does_not_have() -> None:
     assert LightKV().shortening_layers(32) == (12, 18, 24)
-    with pytest.raises(ValueError, match="must be below the number of layers, 24"):
-        LightKV().shortening_layers(24)
+    assert LightKV().shortening_layers(28) == (10, 15, 21)
+    assert LightKV().shortening_layers(4) == (1, 2, 3)
+    assert LightKV((0, 3), (1,), (0.5,)).shortening_layers(4) == (0, 3)
+    with pytest.raises(ValueError, match=r"must be different layers below 3, .* got \(1, 1, 2\)"):
+        LightKV().shortening_layers(3)
+    with pytest.raises(ValueError, match="must be different layers below 24"):
+        LightKV((12, 18, 24)).shortening_layers(24)

@@ -253,11 +253,18 @@ def test_a_forced_sink_survives_a_window_that_ignores_it() -> None:
         (lambda: get("corm", keep=0), "CORM: keep must be a positive ratio"),
         (lambda: get("corm", window=0), "window must be an int of at least 1"),
         (lambda: get("corm", num_recent=-1), "num_recent must be an int of at least 0"),
+        (lambda: get("d2o", keep=0.1, recent_share=2), "recent_share must be in"),
+        (lambda: get("d2o", keep=0.1, merging="mean"), "'released' or 'exponential'"),
         (lambda: get("dbudgetkv", num_full=-1), "num_full must be an int of at least 0"),
         (lambda: get("dbudgetkv", num_recent=-1), "num_recent must be an int of at least 0"),
         (lambda: get("dbudgetkv", tolerance=2), r"tolerance must be in \[0, 1\]"),
         (lambda: get("flashcache", keep=0.1, cutoff=-0.1), r"cutoff must be in \[0, 1\]"),
         (lambda: get("h2o", keep=0.1, recent_share=True), "recent_share must be in"),
+        (lambda: get("keepkv", keep=0.1, window=0), "window must be an int of at least 1"),
+        (lambda: get("keepkv", keep=0.1, decay=1.1), r"decay must be in \[0, 1\]"),
+        (lambda: get("keepkv", keep=0.1, similarity=2), r"similarity must be in \[-1, 1\]"),
+        (lambda: get("look_m", keep=0.1, recent_share=2), "recent_share must be in"),
+        (lambda: get("look_m", keep=0.1, merging="sum"), "'pivot' or 'average' or 'weighted'"),
         (lambda: get("mixkv", host="h2o", keep=0.1), "host of mixkv must be one of"),
         (lambda: get("mixkv", keep=0.1, window=0), "SnapKV: window must be an int"),
         (lambda: MixKV(get("chunkkv", keep=0.1)), "MixKV: host must be SnapKV, PyramidKV or AdaKV"),  # type: ignore[arg-type]
@@ -268,6 +275,9 @@ def test_a_forced_sink_survives_a_window_that_ignores_it() -> None:
         (lambda: get("random", keep=0.1, seed=-1), "seed must be an int of at least 0"),
         (lambda: get("vl_cache", keep=0.1, threshold=1.1), "threshold must be in"),
         (lambda: get("vl_cache", keep=0.1, recent_share=-1), "recent_share must be in"),
+        (lambda: get("zsmerge", keep=0.1, num_residual=0), "num_residual must be an int of at"),
+        (lambda: get("zsmerge", keep=0.1, tail_share=2), "tail_share must be in"),
+        (lambda: get("zsmerge", keep=0.1, decay=-1), "decay must be in"),
     ],
 )
 def test_refused_fields(make: Any, message: str) -> None:

@@ -91,6 +91,7 @@ def test_any_history(seed: int, num_lists: int) -> None:
     lens = [rng.choice([5, 9, 9]) for _ in range(3)]
     slots = make_slots(lens, num_lists)
     slots.track(slots.columns.float())
+    slots.weigh(slots.columns.float() + 2)
     expected = contents(slots)
     seen_len = max(lens)
     for _ in range(60):
@@ -101,6 +102,9 @@ def test_any_history(seed: int, num_lists: int) -> None:
             slots.append(*new_rows(3, seen_len, count))
             assert (slots.scores[..., -count:] == 0).all()
             slots.scores[..., -count:] = torch.arange(seen_len, seen_len + count).float()
+            assert slots.key_weight is not None
+            assert (slots.key_weight[..., -count:] == 1).all()
+            slots.key_weight[..., -count:] = slots.scores[..., -count:] + 2
             expected = [
                 [own + list(range(seen_len, seen_len + count)) for own in lists]
                 for lists in expected
@@ -130,6 +134,8 @@ def test_any_history(seed: int, num_lists: int) -> None:
         ]
         live = slots.columns >= 0
         assert torch.equal(slots.scores[live], slots.columns[live].float())
+        assert slots.key_weight is not None
+        assert torch.equal(slots.key_weight[live], slots.columns[live].float() + 2)
         assert torch.equal(slots.lens, live.sum(-1))
         assert slots.totals.tolist() == [seen_len - max(lens) + n for n in lens]
         start = torch.tensor([[n] * num_lists for n in lens])
@@ -214,11 +220,14 @@ def test_crop_takes_back_what_came_later() -> None:
 def test_a_batch_takes_its_memory_along() -> None:
     slots = make_slots([5, 3, 4])
     slots.track(torch.arange(15.0).view(3, 1, 5))
+    slots.weigh(torch.arange(1, 16.0).view(3, 1, 5))
     slots.memory.update(limit=torch.tensor([[7], [8], [9]]), seen_len=5, fraction=0.5)
     slots.grown = torch.tensor([[0], [1], [2]])
     taken = slots.take(torch.tensor([2, 2, 0]))
     assert taken.columns[:, 0].tolist() == slots.columns[[2, 2, 0], 0].tolist()
     assert taken.scores[:, 0, 0].tolist() == [10, 10, 0]
+    assert taken.key_weight is not None
+    assert taken.key_weight[:, 0, 0].tolist() == [11, 11, 1]
     assert taken.totals.tolist() == [4, 4, 5]
     assert isinstance(taken.memory["limit"], Tensor)
     assert taken.memory["limit"].tolist() == [[9], [9], [7]]
@@ -233,11 +242,13 @@ def test_a_batch_takes_its_memory_along() -> None:
 
 
 def ragged_layer(
-    lens: Tensor, *, split: bool = True, kv_len: int = 200
+    lens: Tensor, *, split: bool = True, kv_len: int = 200, is_weighted: bool = False
 ) -> tuple[LayerSlots, list[list[int]]]:
     """Return a layer of which list i keeps `lens[i]` random keys, and these keys."""
     batch_size, num_lists = lens.shape
     slots = make_slots([kv_len] * batch_size)
+    if is_weighted:
+        slots.weigh(slots.columns.float() + 2)
     kept = torch.full((batch_size, num_lists, int(lens.max())), -1, dtype=torch.int32)
     lists = []
     generator = torch.Generator().manual_seed(0)
@@ -259,6 +270,23 @@ def columns_of(layer: LayerSlots) -> list[list[int]]:
     return [
         [c for c in own if c >= 0] for lists in layer.tags()[..., COLUMN].tolist() for own in lists
     ]
+
+
+def weights_of(layer: LayerSlots) -> list[list[float]]:
+    """Return the weights of the keys of every list in turn."""
+    found: dict[int, list[float]] = {}
+    for bucket, members in zip(layer.buckets, layer.members or [None], strict=True):
+        assert bucket.key_weight is not None
+        lists = [
+            [w for w, c in zip(*own, strict=True) if c >= 0]
+            for weights, columns in zip(
+                bucket.key_weight.tolist(), bucket.columns.tolist(), strict=True
+            )
+            for own in zip(weights, columns, strict=True)
+        ]
+        which = range(len(lists)) if members is None else members.tolist()
+        found |= dict(zip(which, lists, strict=True))
+    return [found[i] for i in sorted(found)]
 
 
 def attend(query: Tensor, keys: Tensor, values: Tensor, visible: Tensor | None) -> Tensor:
@@ -321,6 +349,28 @@ def test_buckets_follow_the_batch(lens: Tensor) -> None:
             live = columns >= 0
             expected = rows_of(columns[None].float(), 1)[0, 0] + source * 1e6 + h * 1e5
             assert torch.equal(slots.keys[b, h, live], expected[live])
+
+
+@pytest.mark.parametrize("lens", [LENS, LENS[:, :1]], ids=["per_head", "shared"])
+def test_weights_go_with_their_keys(lens: Tensor) -> None:
+    """Into buckets, through a batch that is reordered, into one block again."""
+    for split in (True, False):
+        layer, lists = ragged_layer(lens, split=split, is_weighted=True)
+        expected = [[c + 2 for c in own] for own in lists]
+        assert weights_of(layer) == expected
+        layer.append(*new_rows(4, 200, 3))
+        expected = [[*own, 1, 1, 1] for own in expected]
+        layer.take(torch.tensor([1, 3]))
+        num_lists = lens.shape[1]
+        expected = [expected[i * num_lists + h] for i in (1, 3) for h in range(num_lists)]
+        assert weights_of(layer) == expected
+        layer.crop(1)
+        layer.unite()
+        assert weights_of(layer) == [own[:-1] for own in expected]
+        selection = Selection(torch.tensor([[[0, 2]]] * 2).int(), torch.tensor([[2]] * 2).int())
+        if num_lists == 1:
+            (layer,) = select_slots([layer.slots], [selection])
+            assert weights_of(layer) == [[own[0], own[2]] for own in expected]
 
 
 def test_bytes_are_close_to_the_kept_tokens() -> None:

@@ -168,6 +168,8 @@ def test_by_name() -> None:
             lambda: ThinK(HAE(drop_hidden=True, decode="append")),
             "host must not drop rows between layers",
         ),
+        (lambda: get("think", host="look_m", keep=9), "host must not merge"),
+        (lambda: get("think", host="lightkv"), "host of think must be one of"),
         (lambda: get("think", host="think"), "host of think must be one of"),
         (lambda: get("think", host="x", keep=9), "host of think must be one of"),
         (lambda: get("think", host=TOVA(keep=3), keep=9), "host of think has its own fields"),

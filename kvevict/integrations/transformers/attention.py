@@ -52,7 +52,7 @@ def attend_prompt(
 
 
 def attend_blocks(
-    sdpa: Sdpa, query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None
+    sdpa: Sdpa, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
 ) -> Tensor:
     """Attend to a cache that is longer than the new rows, in blocks of rows.
 
@@ -61,22 +61,29 @@ def attend_blocks(
         query: the new rows, the last of the conversation.
         key: cached and new keys, the new ones last.
         value: like key.
-        visible: [batch_size, 1 | num_kv_heads, kv_len] bool, None = all.
+        mask: [batch_size, 1 | num_kv_heads, kv_len] bool, which keys may be seen, or float32 to be
+            added to the logits (rounded to the dtype of query, as SDPA wants it); None = all.
     """
     qo_len, kv_len = query.shape[2], key.shape[2]
-    if visible is not None and visible.shape[1] > 1:
-        visible = visible.repeat_interleave(query.shape[1] // visible.shape[1], 1)
+    lowest = torch.finfo(query.dtype).min
+    if mask is not None and mask.shape[1] > 1:
+        mask = mask.repeat_interleave(query.shape[1] // mask.shape[1], 1)
+    if mask is not None and mask.is_floating_point():
+        # Finite, so that a padding row that sees nothing does not become NaN.
+        mask = mask.clamp(min=lowest).to(query.dtype)
     if qo_len == 1:
-        return sdpa(query, key, value, None if visible is None else visible[:, :, None])
+        return sdpa(query, key, value, None if mask is None else mask[:, :, None])
     outputs = []
     for begin in range(0, qo_len, QUERY_BLOCK):
         end = min(begin + QUERY_BLOCK, qo_len)
         stop = kv_len - qo_len + end
         row = torch.arange(kv_len - qo_len + begin, stop, device=key.device)
-        mask = (torch.arange(stop, device=key.device) <= row[:, None])[None, None]
-        if visible is not None:
-            mask = mask & visible[:, :, None, :stop]
-            # A padding row that sees nothing must not become NaN; nobody reads it.
-            mask = mask | ~mask.any(-1, keepdim=True)
-        outputs.append(sdpa(query[:, :, begin:end], key[:, :, :stop], value[:, :, :stop], mask))
+        own = (torch.arange(stop, device=key.device) <= row[:, None])[None, None]
+        if mask is not None and mask.is_floating_point():
+            own = mask[:, :, None, :stop].masked_fill(~own, lowest)
+        elif mask is not None:
+            own = own & mask[:, :, None, :stop]
+            # Here, too: nobody reads such a row.
+            own = own | ~own.any(-1, keepdim=True)
+        outputs.append(sdpa(query[:, :, begin:end], key[:, :, :stop], value[:, :, :stop], own))
     return torch.cat(outputs, 1)

@@ -131,7 +131,7 @@ class Eviction:
         self._text_config = model.config.get_text_config(decoder=True)
         self._undo = ExitStack()
         self._inputs: dict[str, Any] = {}
-        self._shortening: frozenset[int] = frozenset()
+        self._shortening: tuple[int, ...] = ()
         self._step: Step | None = None
 
     @property
@@ -224,7 +224,7 @@ class Eviction:
                 f"kvevict.evict: {type(policy).__name__} acts between layers, and the text decoder "
                 f"of {name} is not a plain list of layers with rotary positions"
             )
-        self._shortening = frozenset(policy.shortening_layers(len(layers)))
+        self._shortening = tuple(policy.shortening_layers(len(layers)))
         hooks = []
         for i, layer in enumerate(layers) if self._shortening else ():
             before, after = partial(self._before_layer, i), partial(self._after_layer, i)

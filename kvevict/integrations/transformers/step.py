@@ -32,6 +32,7 @@ from kvevict.policies.base import (
 from kvevict.policies.between import LayerPolicy
 from kvevict.policies.channels import ChannelPolicy
 from kvevict.policies.decode import DecodePolicy, begin_decoding
+from kvevict.policies.merging import merge_layers
 from kvevict.slots import LayerSlots, Slots, evict_layers, select_slots
 
 
@@ -43,7 +44,7 @@ class Step:
         cache: the model's cache, dynamic.
         num_new: new columns.
         every_turn: later turns are evicted, too.
-        shortening: the layers behind which a `LayerPolicy` is asked.
+        shortening: the layers behind which a `LayerPolicy` is asked, ascending.
         modality_of: gives the modality of the last columns, from (key, num_columns, seen_len).
         rotate: gives position embeddings, from (hidden_states, positions).
     """
@@ -55,7 +56,7 @@ class Step:
         num_new: int,
         *,
         every_turn: bool,
-        shortening: frozenset[int],
+        shortening: Sequence[int],
         modality_of: Callable[[Tensor, int, int], Tensor],
         rotate: Callable[[Tensor, Tensor], Any],
     ) -> None:
@@ -67,7 +68,7 @@ class Step:
         self.decodes = isinstance(policy, DecodePolicy) and policy.evicts_while_decoding
         is_prompt = num_new > 1 or self.decodes
         self.evicts = (self.is_first and is_prompt) or (every_turn and num_new > 1)
-        self.shortening = shortening if self.is_first and num_new > 1 else frozenset()
+        self.shortening = tuple(shortening) if self.is_first and num_new > 1 else ()
         self.modality_of = modality_of
         self.rotate = rotate
         self.mask: Tensor | None = None
@@ -169,7 +170,7 @@ class Step:
         slots = layer.store.slots
         visible = slots.visible(mask)
         layer.decode_policy.observe_step(slots, query, key_mask=visible, sm_scale=scaling)
-        return attend_blocks(sdpa, query, key, value, visible)
+        return attend_blocks(sdpa, query, key, value, slots.biased(visible))
 
     # What the policy sees
 
@@ -209,6 +210,7 @@ class Step:
             slots = _block_of(layer, rows, modality)
         self.blocks[index] = slots
         totals, columns, modality = slots.totals, slots.columns, slots.modality
+        weights = slots.key_weight
         if _lists_per_head(self.cache):
             # Lists of an earlier turn differ between the KV heads: each is a sequence of its own.
             batch_size, num_kv_heads = key.shape[:2]
@@ -216,11 +218,14 @@ class Step:
             key, value = key.flatten(0, 1)[:, None], value.flatten(0, 1)[:, None]
             columns, modality = (t.expand(-1, num_kv_heads, -1) for t in (columns, modality))
             totals = totals.repeat_interleave(num_kv_heads)
+            if weights is not None:
+                weights = weights.flatten(0, 1)[:, None]
         prompt = Prompt(
             modality.flatten(0, 1).to(torch.int8),
             key_mask=columns.flatten(0, 1) >= 0,
             qo_len=self.num_new,
             total_lens=totals.long(),
+            key_weight=weights,
         )
         self.prompts[index] = self._observable(prompt)
         self._observe(index, query, key, value, scaling)
@@ -295,7 +300,7 @@ class Step:
             query,
             key,
             self.prompts[index][0],
-            layer_idx=index,
+            stage=self.shortening.index(index),
             scores=self.scores[index],
             sm_scale=scaling,
         )
@@ -339,6 +344,8 @@ class Step:
         selections = None
         if isinstance(self.policy, PrefillPolicy):
             selections = select_layers(self.policy, scores)
+        if selections is not None:
+            scores, selections = self._merge(blocks, scores, selections)
         if selections is not None and _lists_per_head(self.cache):
             selections = tuple(_unfold(s, blocks[0].keys.shape[1]) for s in selections)
         before = [LayerSlots.of(block) for block in blocks]
@@ -368,6 +375,17 @@ class Step:
             bytes_after=sum(_bytes_of(store.blocks) for store in stores),
             bytes_peak=bytes_before + bytes_new,
         )
+
+    def _merge(
+        self, blocks: Sequence[Slots], scores: list[LayerScores], selections: tuple[Selection, ...]
+    ) -> tuple[list[LayerScores], tuple[Selection, ...]]:
+        """Let the policy merge, in the shape in which it saw the keys."""
+        keys, values = [block.keys for block in blocks], [block.values for block in blocks]
+        if _lists_per_head(self.cache):
+            # Views: heads follow each other as sequences do.
+            keys = [key.view(-1, 1, *key.shape[2:]) for key in keys]
+            values = [value.view(-1, 1, *value.shape[2:]) for value in values]
+        return merge_layers(self.policy, keys, values, scores, selections)
 
     def _drops_channels(self, indices: Sequence[int], blocks: Sequence[Slots]) -> bool:
         return any(
@@ -439,12 +457,13 @@ def _lists_per_head(cache: Any) -> bool:
 
 def _unfold(selection: Selection, num_kv_heads: int) -> Selection:
     """Turn lists of [batch_size * num_kv_heads, 1] sequences into lists per head."""
-    shape = (-1, num_kv_heads)
+    shape, k = (-1, num_kv_heads), selection.kept_indices.shape[-1]
     return Selection(
-        selection.kept_indices.view(*shape, selection.kept_indices.shape[-1]),
+        selection.kept_indices.view(*shape, k),
         selection.kept_lens.view(shape),
         keeps_all=selection.keeps_all,
         ragged=selection.ragged,
+        key_weight=None if selection.key_weight is None else selection.key_weight.view(*shape, k),
     )
 
 

@@ -1,0 +1,1 @@
+"""A vision-language model small enough to train in minutes, and its accuracy under a KV budget."""

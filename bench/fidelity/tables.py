@@ -1,0 +1,155 @@
+"""Results as Markdown and as a plot."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kvevict.plotting import ACCENT, FAINT, INK, MUTED, require_matplotlib
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the result; intervals are 95%, over questions.
+
+    Attributes:
+        checkpoint: its folder's name.
+        method: the name of the method.
+        budget: what it was given, None where it takes none.
+        exact_match: share of answers that are right as a whole.
+        exact_match_interval: Wilson's.
+        token_accuracy: mean share of the tokens behind the first that are right (words: F1).
+        token_accuracy_interval: from the normal distribution.
+        kept: mean measured fraction of keys that stay.
+        recall: mean fraction of needed tokens kept, per layer.
+        questions: how many.
+    """
+
+    checkpoint: str
+    method: str
+    budget: float | None
+    exact_match: float
+    exact_match_interval: tuple[float, float]
+    token_accuracy: float
+    token_accuracy_interval: tuple[float, float]
+    kept: float
+    recall: list[float]
+    questions: int
+
+
+def to_markdown(rows: Sequence[Row]) -> str:
+    """Return a table over all checkpoints, and three for each."""
+    checkpoints = _unique(row.checkpoint for row in rows)
+    parts = []
+    if len(checkpoints) > 1:
+        title = f"Exact match in %, mean over {', '.join(checkpoints)} (lowest to highest)"
+        parts.append(_table(title, rows, _over_checkpoints))
+    for checkpoint in checkpoints:
+        own = [row for row in rows if row.checkpoint == checkpoint]
+        count = own[0].questions
+        parts += [
+            _table(f"{checkpoint}: exact match in % [95% of {count} questions]", own, _exact_match),
+            _table(f"{checkpoint}: tokens behind the first in % [95%]", own, _tokens),
+            _table(f"{checkpoint}: kept in %; needed tokens kept in % by layer", own, _kept),
+        ]
+    return "\n".join(parts)
+
+
+def _unique(names: Any) -> list[str]:
+    return list(dict.fromkeys(names))
+
+
+def _table(title: str, rows: Sequence[Row], cell: Callable[[list[Row]], str]) -> str:
+    """Return a line per method and a column per budget; methods without a budget fill the last."""
+    budgets = sorted({row.budget for row in rows if row.budget is not None})
+    columns = [*budgets, None] if any(row.budget is None for row in rows) else budgets
+    heads = ["no budget" if budget is None else f"{budget:.0%}" for budget in columns]
+    lines = [f"**{title}**", "", _line(["method", *heads]), _line(["---"] * (1 + len(heads)))]
+    for method in _unique(row.method for row in rows):
+        found = [[r for r in rows if (r.method, r.budget) == (method, b)] for b in columns]
+        lines.append(_line([method, *(cell(cells) if cells else "" for cells in found)]))
+    return "\n".join([*lines, ""])
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _over_checkpoints(rows: list[Row]) -> str:
+    shares = [100 * row.exact_match for row in rows]
+    return f"{sum(shares) / len(shares):.1f} ({min(shares):.1f} to {max(shares):.1f})"
+
+
+def _exact_match(rows: list[Row]) -> str:
+    return _with_interval(rows[0].exact_match, rows[0].exact_match_interval)
+
+
+def _tokens(rows: list[Row]) -> str:
+    return _with_interval(rows[0].token_accuracy, rows[0].token_accuracy_interval)
+
+
+def _with_interval(share: float, interval: tuple[float, float]) -> str:
+    return f"{100 * share:.1f} [{100 * interval[0]:.0f}, {100 * interval[1]:.0f}]"
+
+
+def _kept(rows: list[Row]) -> str:
+    recall = "/".join(f"{100 * layer:.0f}" for layer in rows[0].recall)
+    return f"{100 * rows[0].kept:.1f}" + (f"; {recall}" if recall else "")
+
+
+def plot_accuracy(rows: Sequence[Row], path: Path) -> None:
+    """Draw exact match against the measured kept fraction, a panel per method, as a PNG.
+
+    Bold: the mean over checkpoints; thin: each of them; dashed: the oracle, the mean.
+    """
+    require_matplotlib()
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    budgets = sorted({row.budget for row in rows if row.budget is not None})
+    with_budget = [row for row in rows if row.budget is not None]
+    methods = [m for m in _unique(row.method for row in with_budget) if m != "oracle"]
+    num_columns = min(5, len(methods))
+    num_rows = math.ceil(len(methods) / num_columns)
+    figure, grid = plt.subplots(
+        num_rows,
+        num_columns,
+        figsize=(2.7 * num_columns, 2.2 * num_rows + 0.5),
+        sharex=True,
+        sharey=True,
+        squeeze=False,
+    )
+    oracle = _mean_curve(with_budget, "oracle")
+    for axes, method in zip(grid.flat, methods, strict=False):
+        axes.plot(*oracle, color=MUTED, linestyle="--", linewidth=1)
+        for checkpoint in _unique(row.checkpoint for row in rows):
+            curve = [r for r in with_budget if (r.checkpoint, r.method) == (checkpoint, method)]
+            kept = [100 * row.kept for row in curve]
+            axes.plot(kept, [100 * row.exact_match for row in curve], color=ACCENT, linewidth=0.8)
+        axes.plot(*_mean_curve(with_budget, method), color=INK, marker="o", markersize=3)
+        axes.set_title(method, fontsize=9)
+        axes.set_xscale("log")
+        axes.set_xticks([100 * budget for budget in budgets])
+        axes.set_xticklabels([f"{100 * budget:g}" for budget in budgets], fontsize=7)
+        axes.minorticks_off()
+        axes.grid(color=FAINT)
+    for axes in grid.flat[len(methods) :]:
+        axes.axis("off")
+    figure.supxlabel("keys kept, % (measured)", fontsize=9)
+    figure.supylabel("exact match, %", fontsize=9)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def _mean_curve(rows: Sequence[Row], method: str) -> tuple[list[float], list[float]]:
+    """Return kept and exact match in percent, the means over checkpoints, budget by budget."""
+    own = [row for row in rows if row.method == method]
+    groups = [[r for r in own if r.budget == b] for b in sorted({r.budget or 0.0 for r in own})]
+    kept = [100 * sum(row.kept for row in group) / len(group) for group in groups]
+    return kept, [100 * sum(row.exact_match for row in group) / len(group) for group in groups]
