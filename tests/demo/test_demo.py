@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from kvevict import demo, policies
-from kvevict.plotting import LayerPicture, plot_kept_patches
+from kvevict.plotting import LayerPicture, plot_comparison, plot_kept_patches
 from tests.integrations.tiny_models import IMAGE_ID, llava, qwen2_5_vl
 
 
@@ -159,6 +159,26 @@ def test_plot_with_one_layer_and_fractions(tmp_path: Path) -> None:
         title="one layer",
     )
     assert path.stat().st_size > 10_000
+
+
+def test_two_methods_side_by_side(tmp_path: Path) -> None:
+    """On a gray photo one keeps the left half and one the right half, in half of the layers."""
+    halves = {"left": torch.tensor([[1.0, 0.0]]), "right": torch.tensor([[0.0, 1.0]])}
+    methods = {
+        name: [LayerPicture(0, kept, 1, 2), LayerPicture(1, kept * 0, 0, 2)]
+        for name, kept in halves.items()
+    }
+    path = plot_comparison(
+        torch.full((40, 40, 3), 0.5), methods, tmp_path / "two.png", prompt_len=4, title="two"
+    )
+    with Image.open(path) as picture:
+        gray = bytearray(picture.convert("L").tobytes())
+        pixels = torch.frombuffer(gray, dtype=torch.uint8).view(picture.size[::-1])
+    # Photos of 2.6 inches, 2.85 from one to the next; the middle of their left and right halves.
+    row = round(150 * (1.3 + 1.3))
+    centers = [0.36 + 2.85 * cell + half for cell in range(3) for half in (0.65, 1.95)]
+    bright = [int(pixels[row, round(150 * x)]) > 100 for x in centers]
+    assert bright == [True, True, True, False, False, True]
 
 
 def save_checkpoint(directory: Path) -> None:

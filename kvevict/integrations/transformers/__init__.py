@@ -7,6 +7,9 @@ behind the last layer then selects, and copies what stays into tensors of exactl
 full-size storages are freed. Each layer of the cache becomes an `EvictedLayer`, which knows the
 true length of the conversation, so positions (M-RoPE too) stay what they would be without eviction.
 
+A policy that drops channels of the keys leaves layers of two parts, older keys without them and
+newer ones with all; attention of ours goes over both.
+
 A policy that acts between layers gets hooks around the decoder's layers; one that acts while
 decoding sees every step's attention, and drops keys after the last layer.
 
