@@ -35,6 +35,7 @@ from kvevict.policies.hae import HAE
 from kvevict.policies.keepkv import KeepKV
 from kvevict.policies.keydiff import KeyDiff
 from kvevict.policies.lightkv import LightKV
+from kvevict.policies.lightkv_cache import LightKVCache
 from kvevict.policies.look_m import LookM
 from kvevict.policies.merging import Merged, MergingPolicy, merge_layers
 from kvevict.policies.mixkv import MixKV
@@ -72,6 +73,7 @@ __all__ = [
     "LayerPolicy",
     "LayerScores",
     "LightKV",
+    "LightKVCache",
     "LookM",
     "Merged",
     "MergingPolicy",
@@ -148,6 +150,7 @@ _POLICIES: dict[str, Callable[..., PrefillPolicy | LayerPolicy]] = {
     "keepkv": KeepKV,
     "keydiff": KeyDiff,
     "lightkv": LightKV,
+    "lightkv_cache": LightKVCache,
     "look_m": LookM,
     "mixkv": _mixkv,
     "prefixkv": PrefixKV,

@@ -39,6 +39,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "hae": {"kappa": 1.0, "alpha": 1.0, "decode": "append"},
     "streaming_llm": {"decode": "append"},
     "dbudgetkv": {"keep": 0.6, "num_full": 1, "tolerance": 0.1},
+    "lightkv_cache": {"keep": 0.6, "windows": (1,)},
     "mixkv": {"window": 8, "host": "adakv"},
     "pyramidkv": {"window": 6, "num_sink": 2},
     "random": {"per_head": True},

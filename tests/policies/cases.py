@@ -83,6 +83,11 @@ FIELDS: dict[str, list[dict[str, Any]]] = {
         {"keep": 0.5, "window": 32, "decay": 0.5, "similarity": 0.0},
     ],
     "keydiff": [{"keep": 0.4}, {"keep": 7, "num_sink": 0}],
+    "lightkv_cache": [
+        {"keep": 0.4, "windows": (1, 1)},
+        {"keep": 13, "num_sink": 1, "windows": (1,)},
+        {"keep": 0.7, "windows": (4, 2, 1), "num_sink": 0},
+    ],
     "look_m": [
         {"keep": 0.4},
         {"keep": 7, "num_sink": 1, "recent_share": 0.3, "merging": "weighted"},

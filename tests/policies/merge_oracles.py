@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.policies.oracles import Kept, Sequence, zsmerge_parts
+from tests.policies.oracles import Kept, Sequence, lightkv_clusters, zsmerge_parts
 
 Groups = dict[int, list[int]]
 """The keys that are merged into each kept one, itself not among them."""
@@ -59,6 +59,18 @@ def nearest(
         groups.setdefault(kept[most], []).append(j)
         best[j] = similarities[most]
     return groups, best
+
+
+def lightkv_cache(policy: Any, s: Sequence, layer: int, kept: list[list[int]]) -> Stored:
+    stored = Stored.of(s, layer)
+    weight, clusters = lightkv_clusters(policy, s, layer)
+    for c, members in clusters.items():
+        if c in kept[0] and members:
+            group = [c, *members]
+            w = torch.tensor([weight[j] for j in group], dtype=torch.float64)[:, None]
+            for x, states in ((stored.keys, s.keys), (stored.values, s.values)):
+                x[:, c] = (w * states[layer][:, group].double()).sum(1) / w.sum()
+    return stored
 
 
 def look_m(policy: Any, s: Sequence, layer: int, kept: list[list[int]]) -> Stored:
@@ -139,6 +151,7 @@ def keepkv(policy: Any, s: Sequence, layer: int, kept: list[list[int]]) -> Store
 MERGES: dict[str, Callable[[Any, Sequence, int, list[list[int]]], Stored]] = {
     "d2o": d2o,
     "keepkv": keepkv,
+    "lightkv_cache": lightkv_cache,
     "look_m": look_m,
     "zsmerge": zsmerge,
 }

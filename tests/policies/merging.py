@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from kvevict.policies import LightKV
+from tests.policies.oracles import windows_of
 
 
 def merge_by_loops(
@@ -46,7 +45,7 @@ def merge_by_loops(
     gone: set[int] = set()
     merged = x.clone()
     for image in images:
-        for members in windows_of(image, window):
+        for members in windows_of(list(image), window):
             sources, targets = members[::2], members[1::2]
             best = []
             for a in sources:
@@ -63,15 +62,3 @@ def merge_by_loops(
                 merged[b] = (w * x[group]).sum(0) / w.sum()
             gone |= {a for _, a, _ in pairs}
     return [j for j in range(length) if j not in gone], merged
-
-
-def windows_of(image: range, window: int) -> list[list[int]]:
-    """Return the members of each window of an image."""
-    side = math.isqrt(len(image))
-    side += side**2 < len(image)
-    short, rest = divmod(side, window)
-    part = [i for i in range(window) for _ in range(short + (i < rest))]
-    found: dict[tuple[int, int], list[int]] = {}
-    for t, j in enumerate(image):
-        found.setdefault((part[t // side], part[t % side]), []).append(j)
-    return list(found.values())

@@ -161,6 +161,79 @@ def h2o(policy: Any, s: Sequence) -> Kept:
     return kept
 
 
+def lightkv_cache(policy: Any, s: Sequence) -> Kept:
+    budget = tokens_of(policy.keep, s.length)
+    sinks = list(range(min(policy.num_sink, budget)))
+    kept = []
+    for layer in range(s.num_layers):
+        weight, clusters = lightkv_clusters(policy, s, layer)
+        dead = {j for members in clusters.values() for j in members}
+        others = [j for j in range(s.length) if j not in sinks]
+        scores = {
+            j: -1.0 if j in dead else sum(weight[i] for i in [j, *clusters.get(j, [])])
+            for j in others
+        }
+        others.sort(key=lambda j: (j in s.vision, -scores[j], j))
+        kept.append([sorted([*sinks, *others[: budget - len(sinks)]])])
+    return kept
+
+
+def lightkv_clusters(
+    policy: Any, s: Sequence, layer: int
+) -> tuple[list[float], dict[int, list[int]]]:
+    """Return omega of every key, and for keys that are merged into the keys that go there."""
+    rows = s.trailing_text or list(range(s.length))
+    weight = s.attention[layer].mean(0)[rows].sum(0).tolist()
+    tokens = s.keys[layer].double().transpose(0, 1).flatten(1)
+    vision = [j for j in s.vision if j >= policy.num_sink]
+    excess = len(vision) - (tokens_of(policy.keep, s.length) - (s.length - len(vision)))
+    clusters = {j: [j] for j in vision}
+    alive = list(range(s.length))
+
+    def mean(j: int) -> Tensor:
+        w = torch.tensor([weight[i] for i in clusters[j]], dtype=torch.float64)[:, None]
+        return (w * tokens[clusters[j]]).sum(0) / w.sum()
+
+    for window in policy.windows:
+        images: list[list[int]] = []
+        letters = [s.row[j] if j in clusters else "t" for j in alive]
+        for n, j in enumerate(alive):
+            if letters[n] == "t":
+                continue
+            if n == 0 or letters[n] != letters[n - 1]:
+                images.append([])
+            images[-1].append(j)
+        if any(len(image) < 8 * window**2 for image in images):
+            continue
+        pairs = []
+        for image in images:
+            for members in windows_of(image, window):
+                for a in members[::2]:
+                    cosines = [
+                        float(torch.cosine_similarity(mean(a), mean(b), 0)) for b in members[1::2]
+                    ]
+                    if cosines:
+                        best = max(range(len(cosines)), key=lambda i: (cosines[i], -i))
+                        pairs.append((-cosines[best], a, members[1::2][best]))
+        for _, a, b in sorted(pairs)[: max(excess, 0)]:
+            clusters[b] = clusters[b] + clusters.pop(a)
+            alive.remove(a)
+            excess -= 1
+    return weight, {j: own[1:] for j, own in clusters.items()}
+
+
+def windows_of(image: list[int], window: int) -> list[list[int]]:
+    """Return the members of each window of an image."""
+    side = math.isqrt(len(image))
+    side += side**2 < len(image)
+    short, rest = divmod(side, window)
+    part = [i for i in range(window) for _ in range(short + (i < rest))]
+    found: dict[tuple[int, int], list[int]] = {}
+    for t, j in enumerate(image):
+        found.setdefault((part[t // side], part[t % side]), []).append(j)
+    return list(found.values())
+
+
 def look_m(policy: Any, s: Sequence) -> Kept:
     budget = tokens_of(policy.keep, s.length)
     recent = math.floor(budget * policy.recent_share + 1e-6)
@@ -584,6 +657,7 @@ ORACLES: dict[str, Callable[[Any, Sequence], Kept]] = {
     "hae": hae,
     "keepkv": keepkv,
     "keydiff": keydiff,
+    "lightkv_cache": lightkv_cache,
     "look_m": look_m,
     "mixkv": mixkv,
     "prefixkv": prefixkv,

@@ -263,6 +263,7 @@ def test_a_forced_sink_survives_a_window_that_ignores_it() -> None:
         (lambda: get("keepkv", keep=0.1, window=0), "window must be an int of at least 1"),
         (lambda: get("keepkv", keep=0.1, decay=1.1), r"decay must be in \[0, 1\]"),
         (lambda: get("keepkv", keep=0.1, similarity=2), r"similarity must be in \[-1, 1\]"),
+        (lambda: get("lightkv_cache", keep=0.1, windows=(2, 0)), "windows must be ints of at"),
         (lambda: get("look_m", keep=0.1, recent_share=2), "recent_share must be in"),
         (lambda: get("look_m", keep=0.1, merging="sum"), "'pivot' or 'average' or 'weighted'"),
         (lambda: get("mixkv", host="h2o", keep=0.1), "host of mixkv must be one of"),
