@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from numbers import Integral
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -13,7 +14,18 @@ from kvevict import ops
 from kvevict.ops.enums import HeadReduction
 from kvevict.policies._shares import fill, floor_share, keep_whole
 from kvevict.policies.base import LayerScores, Policy, Prompt, Selection
-from kvevict.policies.merging import Merged, match_evicted, merge_by_similarity
+from kvevict.policies.decode import Victims, accumulate, evictable, limit_lists, lowest
+from kvevict.policies.limit import DecodeLimit, fitting, share_of, smaller
+from kvevict.policies.merging import (
+    Merged,
+    match_evicted,
+    match_victims,
+    merge_by_similarity,
+    others_than,
+)
+
+if TYPE_CHECKING:
+    from kvevict.slots import Slots
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -28,7 +40,7 @@ class ThresholdScores(LayerScores):
 
 
 @dataclass(frozen=True)
-class D2O(Policy):
+class D2O(DecodeLimit, Policy):
     r"""Attention summed over all rows decides; evicted keys like a kept one are merged into it.
 
     Score $S_j$ of key j in KV head g: the attention that j got from every row of the prompt,
@@ -48,6 +60,11 @@ class D2O(Policy):
       - "exponential": $(\mathrm{e}\,c + \sum_e \mathrm{e}^{m_e} e) / (\mathrm{e} + \sum_e
         \mathrm{e}^{m_e})$, the weights of the paper (second-hand).
 
+    While decoding every step adds its attention to S, and a list stays as long as it is (those of
+    the whole layers, too; as published they grow): the lowest S that is neither sink nor recent is
+    merged if its m is at least the threshold, else it is gone. The threshold is the mean m above
+    after the prompt, and half itself, half the m at hand in every step.
+
     The layers together keep L times `keep` tokens: the whole layers, too, are paid for, by the
     others (as published they come on top). Where they cost more than half of all that, they get
     half of it and are evicted like the others; a model of three layers has no others, and all get
@@ -62,15 +79,18 @@ class D2O(Policy):
         recent_share: the part of a layer's budget that goes to the newest tokens (a quarter; at
             most half).
         merging: see above.
+        decode: "evict", or "append" to leave the cache alone after the prompt.
     """
 
     recent_share: float = 0.25
     merging: Literal["released", "exponential"] = "released"
+    decode: Literal["evict", "append"] = "evict"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._require_fraction("recent_share")
         self._require_one_of("merging", ("released", "exponential"))
+        self._require_one_of("decode", ("evict", "append"))
 
     def observe(
         self,
@@ -122,9 +142,7 @@ class D2O(Policy):
         """Merge what resembles a kept key; see `MergingPolicy`."""
         sources, match, similarity = match_evicted(key, selection, layer.prompt)
         is_matched = match >= 0
-        # Exact where all are equal, as the sums are.
-        total = similarity.double().where(is_matched, 0.0).sum(2)
-        threshold = total / is_matched.sum(2).clamp(min=1)
+        threshold = _mean_of(similarity, is_matched)
         match = match.where(similarity >= threshold[..., None], -1)
         self.merge_similar(key, value, sources, match, similarity)
         return Merged(ThresholdScores(**vars(layer), threshold=threshold.float()))
@@ -146,6 +164,64 @@ class D2O(Policy):
         else:
             weight = similarity.where(match >= 0, 1.0).exp()
             ops.merge_tokens_([key, value], sources, match, weight)
+
+    # While decoding
+
+    def begin_decoding(self, layers: Sequence[Slots], scores: Sequence[LayerScores]) -> None:
+        """Set the limit of every list to what is left, or to `keep` where nothing was evicted."""
+        limits = [slots.lens for slots in layers]
+        if isinstance(self.keep, Integral):
+            keep = int(self.keep)
+            is_short = [
+                layer.prompt.totals.view(len(n), -1) <= keep
+                for n, layer in zip(limits, scores, strict=True)
+            ]
+            limits = [
+                n.where(~short, n.clamp(min=keep))
+                for n, short in zip(limits, is_short, strict=True)
+            ]
+        for slots, layer, limit in zip(layers, scores, limit_lists(layers, limits), strict=True):
+            threshold = torch.full_like(slots.scores[..., 0], torch.nan)
+            if isinstance(layer, ThresholdScores):
+                threshold = layer.threshold.view_as(threshold)
+            slots.memory.update(limit=limit, threshold=threshold)
+
+    def observe_step(
+        self,
+        slots: Slots,
+        query: Tensor,
+        *,
+        key_mask: Tensor | None = None,
+        sm_scale: float | None = None,
+    ) -> None:
+        """Add the attention of the newest rows to the scores."""
+        accumulate(slots, query, key_mask=key_mask, sm_scale=sm_scale)
+
+    def choose_victims(
+        self, slots: Slots, limit: int | Tensor, count: int | Tensor, most: int
+    ) -> Victims | None:
+        """Choose the lowest scores that are neither sinks nor recent, and merge them or not."""
+        num_recent = smaller(share_of(limit, self.recent_share), (limit + 1) // 2)
+        candidates = evictable(slots, fitting(self.num_sink, limit - num_recent), num_recent)
+        victims = lowest(slots.scores, candidates.byte(), count, most)
+        old = slots.memory["threshold"]
+        assert isinstance(old, Tensor)
+        if victims is not None:
+            sources, match, similarity = match_victims(slots, victims, others_than(slots, victims))
+            mean = _mean_of(similarity, match >= 0)
+            new = mean.where(old.isnan(), 0.5 * old.double() + 0.5 * mean)
+            match = match.where(similarity >= new[..., None], -1)
+            self.merge_similar(slots.keys, slots.values, sources, match, similarity)
+            slots.memory["threshold"] = new.float().where(~mean.isnan(), old)
+        return victims
+
+
+def _mean_of(similarity: Tensor, is_matched: Tensor) -> Tensor:
+    """Return the mean over matched keys [batch_size, num_kv_heads] float64, NaN where none is.
+
+    Exact where all are equal: sums of equal floats are exact in float64.
+    """
+    return similarity.double().where(is_matched, 0.0).sum(2) / is_matched.sum(2)
 
 
 def _unevenness(sums: Tensor, prompt: Prompt) -> Tensor:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from kvevict import ops
 from kvevict.ops.enums import HeadReduction
+from kvevict.policies._weighted import score_weighted
 from kvevict.policies.base import LayerScores
 
 if TYPE_CHECKING:
@@ -81,7 +82,10 @@ class DecodePolicy(Protocol):
         ...
 
     def evict_step(self, layers: Sequence[Slots]) -> Sequence[Victims | None]:
-        """Return what to drop of every layer, None = nothing."""
+        """Return what to drop of every layer, None = nothing.
+
+        A method that merges does so here, in the slots' keys, values and weights.
+        """
         ...
 
 
@@ -111,6 +115,8 @@ def received(
     Returns:
         [batch_size, num_lists, stored] float32.
     """
+    if slots.key_weight is not None:
+        return _received_by_weight(slots, query, key_mask, sm_scale)
     query, key, options = _as_rows(slots, query, key_mask)
     scores = ops.score_keys(query, key, sm_scale=sm_scale, **options)
     return scores.view(slots.columns.shape)
@@ -125,10 +131,24 @@ def accumulate(
     sm_scale: float | None = None,
 ) -> None:
     """Add what `received` returns to the scores of the slots, which decay first."""
+    if slots.key_weight is not None:
+        own = _received_by_weight(slots, query, key_mask, sm_scale)
+        slots.scores.mul_(decay).add_(own)
+        return
     query, key, options = _as_rows(slots, query, key_mask)
     # Of the folded shape, if lists are folded.
     scores = slots.scores.view(len(key), -1, slots.stored)
     ops.accumulate_scores_(scores, query, key, decay=decay, sm_scale=sm_scale, **options)
+
+
+def _received_by_weight(
+    slots: Slots, query: Tensor, key_mask: Tensor | None, sm_scale: float | None
+) -> Tensor:
+    assert slots.key_weight is not None
+    scores = score_weighted(
+        query, slots.keys, slots.key_weight, key_mask=key_mask, sm_scale=sm_scale
+    )
+    return scores if slots.columns.shape[1] > 1 else scores.mean(1, keepdim=True)
 
 
 def _as_rows(

@@ -10,7 +10,7 @@ from torch import Tensor
 from kvevict.policies._shares import floor_share
 from kvevict.policies.base import LayerScores, Policy, Prompt
 from kvevict.policies.decode import Victims, accumulate, evictable, lowest
-from kvevict.policies.limit import DecodeLimit, fitting
+from kvevict.policies.limit import DecodeLimit, fitting, share_of
 from kvevict.priority import build_priority
 
 if TYPE_CHECKING:
@@ -95,10 +95,6 @@ class H2O(DecodeLimit, Policy):
         self, slots: Slots, limit: int | Tensor, count: int | Tensor, most: int
     ) -> Victims | None:
         """Choose the lowest scores that are neither sinks nor recent."""
-        num_recent: int | Tensor
-        if isinstance(limit, int):
-            num_recent = int(limit * self.recent_share + 1e-6)
-        else:
-            num_recent = floor_share(limit, self.recent_share)
+        num_recent = share_of(limit, self.recent_share)
         candidates = evictable(slots, fitting(self.num_sink, limit - num_recent), num_recent)
         return lowest(slots.scores, candidates.byte(), count, most)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -11,7 +13,18 @@ from kvevict import ops
 from kvevict.policies._lists import at
 from kvevict.policies._weighted import decayed, score_prompt
 from kvevict.policies.base import LayerScores, Policy, Prompt, Selection
-from kvevict.policies.merging import Merged, match_evicted, sum_groups
+from kvevict.policies.decode import Victims, accumulate, evictable, lowest
+from kvevict.policies.limit import DecodeLimit, fitting, smaller
+from kvevict.policies.merging import (
+    Merged,
+    match_evicted,
+    match_victims,
+    others_than,
+    sum_groups,
+)
+
+if TYPE_CHECKING:
+    from kvevict.slots import Slots
 
 MOST_STRETCH = 2.0
 """How many times longer or shorter than the mean of its keys a merged key may be."""
@@ -29,7 +42,7 @@ class QueryScores(LayerScores):
 
 
 @dataclass(frozen=True)
-class KeepKV(Policy):
+class KeepKV(DecodeLimit, Policy):
     r"""Evicted keys are merged such that the next query, if it is as expected, sees no difference.
 
     Every key has votes $p_j$, 1 at first; attention is proportional to $p_j e^{s_j}$, with $s_j$
@@ -53,6 +66,9 @@ class KeepKV(Policy):
       less than half, or turn it (as $\sum p_j E_j s_j$ is near 0), k is that mean, and p is what
       makes the output right: $\sum p_j E_j / e^s$, with s the logit of k.
 
+    While decoding, both averages go on, step by step, and a list stays at its budget: the lowest
+    score that is neither sink nor in the window is merged, or gone, in the same way.
+
     The budget is `keep` tokens per layer and KV head, sinks and window included; of a budget below
     twice the window, its newest half. One list per KV head. Keys are merged as cached (rotated).
 
@@ -62,16 +78,19 @@ class KeepKV(Policy):
         window: rows that vote, and newest keys that stay.
         decay: how much less a row counts than the next one.
         similarity: the least cosine of two keys that are merged; -1 merges all.
+        decode: "evict", or "append" to leave the cache alone after the prompt.
     """
 
     window: int = 32
     decay: float = 0.9
     similarity: float = 0.8
+    decode: Literal["evict", "append"] = "evict"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._require_count("window", minimum=1)
         self._require_fraction("decay")
+        self._require_one_of("decode", ("evict", "append"))
         if isinstance(self.similarity, bool) or not -1 <= self.similarity <= 1:
             raise ValueError(f"KeepKV: similarity must be in [-1, 1], got {self.similarity!r}")
 
@@ -117,6 +136,56 @@ class KeepKV(Policy):
         votes = layer.prompt.key_weight
         votes = torch.ones_like(layer.scores) if votes is None else votes
         return Merged(layer, merge_exactly(key, value, votes, layer.query, sources, match))
+
+    # While decoding
+
+    def begin_decoding(self, layers: Sequence[Slots], scores: Sequence[LayerScores]) -> None:
+        """Set the limits, and remember the average queries."""
+        super().begin_decoding(layers, scores)
+        for slots, layer in zip(layers, scores, strict=True):
+            assert isinstance(layer, QueryScores)
+            slots.memory["query"] = layer.query.view(*slots.keys.shape[:2], -1)
+            if slots.key_weight is None:
+                slots.weigh(torch.ones_like(slots.scores))
+
+    def observe_step(
+        self,
+        slots: Slots,
+        query: Tensor,
+        *,
+        key_mask: Tensor | None = None,
+        sm_scale: float | None = None,
+    ) -> None:
+        """Let the averages go on."""
+        accumulate(slots, query, decay=self.decay, key_mask=key_mask, sm_scale=sm_scale)
+        batch_size, num_kv_heads = slots.keys.shape[:2]
+        num_qo_heads, qo_len, head_dim = query.shape[1:]
+        scale = head_dim**-0.5 if sm_scale is None else sm_scale
+        shape = (batch_size, num_kv_heads, num_qo_heads // num_kv_heads, qo_len, head_dim)
+        rows = query.float().reshape(shape).mean(2)
+        votes = torch.ones_like(rows[..., 0]) if key_mask is None else key_mask[..., -qo_len:]
+        later = votes.flip(-1).cumsum(-1).flip(-1) - votes.long()
+        part = (1 - self.decay) * self.decay ** later.float() * votes
+        mean = slots.memory["query"]
+        assert isinstance(mean, Tensor)
+        mean = mean * self.decay ** votes.sum(-1, keepdim=True).float()
+        slots.memory["query"] = mean + (rows * part[..., None]).sum(2) * scale
+
+    def choose_victims(
+        self, slots: Slots, limit: int | Tensor, count: int | Tensor, most: int
+    ) -> Victims | None:
+        """Choose the lowest scores that are neither sinks nor in the window, and merge them."""
+        num_recent = smaller(self.window, (limit + 1) // 2)
+        candidates = evictable(slots, fitting(self.num_sink, limit - num_recent), num_recent)
+        victims = lowest(slots.scores, candidates.byte(), count, most)
+        votes, query = slots.key_weight, slots.memory["query"]
+        assert votes is not None
+        assert isinstance(query, Tensor)
+        if victims is not None:
+            sources, match, similarity = match_victims(slots, victims, others_than(slots, victims))
+            match = match.where(similarity >= self.similarity, -1)
+            votes.copy_(merge_exactly(slots.keys, slots.values, votes, query, sources, match))
+        return victims
 
 
 def merge_exactly(

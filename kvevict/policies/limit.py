@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor
 
+from kvevict.policies._shares import floor_share
 from kvevict.policies.base import LayerScores
 from kvevict.policies.decode import Victims, limit_lists, over_limit
 
@@ -66,6 +67,18 @@ class DecodeLimit:
             most: the largest count, or more.
         """
         raise AssertionError("a subclass chooses")
+
+
+def share_of(limit: int | Tensor, share: float) -> int | Tensor:
+    """Return limit * share, rounded down as `floor_share` does."""
+    return int(limit * share + 1e-6) if isinstance(limit, int) else floor_share(limit, share)
+
+
+def smaller(a: int | Tensor, b: int | Tensor) -> int | Tensor:
+    """Return the smaller one, list by list where limits differ."""
+    if isinstance(a, int):
+        return fitting(a, b)
+    return fitting(b, a) if isinstance(b, int) else a.minimum(b)
 
 
 def fitting(count: int, room: int | Tensor) -> int | Tensor:

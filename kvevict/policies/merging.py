@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -22,6 +22,10 @@ from kvevict import ops
 from kvevict.ops.enums import Metric
 from kvevict.policies._lists import at, in_list
 from kvevict.policies.base import LayerScores, Prompt, Selection
+
+if TYPE_CHECKING:
+    from kvevict.policies.decode import Victims
+    from kvevict.slots import Slots
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,6 +125,39 @@ def match_evicted(
     sources = place.where(evicted_keys(selection, prompt), -1)
     match, similarity = ops.match_tokens(key, sources, selection.kept_indices, metric=metric)
     return sources, match.where(similarity > -torch.inf, -1), similarity
+
+
+def match_victims(
+    slots: Slots, victims: Victims, targets: Tensor, *, metric: Metric = Metric.COSINE
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Find the most similar target of every key that is about to go while decoding.
+
+    Args:
+        slots: one layer, with a list per KV head.
+        victims: what goes.
+        targets: [batch_size, num_kv_heads, num_targets] int32, slots, -1 = none.
+        metric: what similar means.
+
+    Returns:
+        What `match_evicted` does, [batch_size, num_kv_heads, stored] each.
+    """
+    match, similarity = ops.match_tokens(slots.keys, victims.slots, targets, metric=metric)
+    match = match.where(similarity > -torch.inf, -1)
+    batch_size, num_lists, _ = match.shape
+    place = victims.slots.where(victims.slots >= 0, slots.stored).long()
+
+    def in_place(values: Tensor) -> Tensor:
+        full = values.new_full((batch_size, num_lists, slots.stored + 1), -1)
+        return full.scatter_(2, place, values)[..., : slots.stored]
+
+    return in_place(victims.slots), in_place(match), in_place(similarity)
+
+
+def others_than(slots: Slots, victims: Victims) -> Tensor:
+    """Return the slots whose keys stay [batch_size, num_lists, stored] int32, -1 = none."""
+    place = torch.arange(slots.stored, dtype=torch.int32, device=slots.keys.device)
+    stays = (slots.columns >= 0) & ~in_list(victims.slots, slots.stored)
+    return place.where(stays, -1)
 
 
 def sum_groups(values: Tensor, source_index: Tensor, match_index: Tensor) -> Tensor:

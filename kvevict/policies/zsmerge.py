@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
 from kvevict import ops
+from kvevict.ops.enums import Metric
 from kvevict.policies._lists import in_list, part_of
 from kvevict.policies._shares import floor_share
 from kvevict.policies._weighted import decayed, score_prompt
 from kvevict.policies.base import LayerScores, Policy, Prompt, Selection, select_ranked
-from kvevict.policies.merging import Merged, sum_groups
+from kvevict.policies.decode import Victims, accumulate, evictable, lowest
+from kvevict.policies.limit import DecodeLimit, fitting, share_of, smaller
+from kvevict.policies.merging import Merged, match_victims, sum_groups
+
+if TYPE_CHECKING:
+    from kvevict.slots import Slots
 
 
 @dataclass(frozen=True)
-class ZSMerge(Policy):
+class ZSMerge(DecodeLimit, Policy):
     r"""A few residual slots hold the means of all that is evicted, and count for as many tokens.
 
     Score of key j in KV head g: $S_j = \sum_i \gamma^{age(i)} A_{ij}$ over all rows i of the
@@ -32,6 +40,11 @@ class ZSMerge(Policy):
 
     In attention a key that stands for w tokens has log(w) added to its logits.
 
+    While decoding $S_j \leftarrow \gamma S_j + a_t[j]$, and a list stays at its budget: a key that
+    leaves the tail takes the place of the lowest S, which first goes into the residual slot of the
+    largest dot product, keys and values each as means by the number of tokens that they stand for.
+    In a list of which nothing was evicted before, the keys of the lowest S are the residual slots.
+
     The budget is `keep` tokens per layer and KV head, all of these included. The tail and the
     residual slots take half of a small budget each, at most.
 
@@ -43,17 +56,20 @@ class ZSMerge(Policy):
         num_residual: residual slots.
         tail_share: the part of the budget that goes to the newest tokens (0.1).
         decay: $\gamma$ (0.98).
+        decode: "evict", or "append" to leave the cache alone after the prompt.
     """
 
     num_residual: int = 1
     tail_share: float = 0.1
     decay: float = 0.98
+    decode: Literal["evict", "append"] = "evict"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._require_count("num_residual", minimum=1)
         self._require_fraction("tail_share")
         self._require_fraction("decay")
+        self._require_one_of("decode", ("evict", "append"))
 
     def row_index(self, prompt: Prompt) -> Tensor:
         """Return all real rows."""
@@ -105,6 +121,71 @@ class ZSMerge(Policy):
         scores = layer.scores.masked_fill(is_first, torch.inf)
         weights = sum_groups(weight[..., None], sources, match)[..., 0]
         return Merged(LayerScores(scores=scores, prompt=layer.prompt), weights)
+
+    # While decoding
+
+    def begin_decoding(self, layers: Sequence[Slots], scores: Sequence[LayerScores]) -> None:
+        """Set the limits; every list gets residual slots, which are those of the score inf."""
+        super().begin_decoding(layers, scores)
+        for slots in layers:
+            if slots.key_weight is None:
+                slots.weigh(torch.ones_like(slots.scores))
+            limit = slots.memory["limit"]
+            assert not isinstance(limit, float)
+            num_residual, num_sink, num_recent = self._parts(limit)
+            live = slots.columns >= 0
+            # A short list may hold nothing but sinks and tail.
+            classes = live.byte() + (live & (slots.positions >= self.num_sink)).byte()
+            classes += evictable(slots, num_sink, num_recent).byte()
+            has_none = ~(live & ~slots.scores.isfinite()).any(2)
+            row_k = has_none.int() * num_residual
+            lowest_slots, _ = ops.select_topk(
+                -slots.scores, self.num_residual, row_k=row_k.int(), priority=classes
+            )
+            slots.scores.masked_fill_(in_list(lowest_slots, slots.stored), torch.inf)
+
+    def observe_step(
+        self,
+        slots: Slots,
+        query: Tensor,
+        *,
+        key_mask: Tensor | None = None,
+        sm_scale: float | None = None,
+    ) -> None:
+        """Let the scores decay and add the attention of the newest rows."""
+        accumulate(slots, query, decay=self.decay, key_mask=key_mask, sm_scale=sm_scale)
+
+    def choose_victims(
+        self, slots: Slots, limit: int | Tensor, count: int | Tensor, most: int
+    ) -> Victims | None:
+        """Choose the lowest scores, and merge them into residual slots."""
+        _, num_sink, num_recent = self._parts(limit)
+        is_residual = (slots.columns >= 0) & ~slots.scores.isfinite()
+        candidates = evictable(slots, num_sink, num_recent) & ~is_residual
+        victims = lowest(slots.scores, candidates.byte(), count, most)
+        weight = slots.key_weight
+        assert weight is not None
+        if victims is not None:
+            targets, _ = ops.select_topk(
+                torch.zeros_like(weight), self.num_residual, priority=is_residual.byte()
+            )
+            sources, match, _ = match_victims(slots, victims, targets, metric=Metric.DOT)
+            ops.merge_tokens_([slots.keys, slots.values], sources, match, weight.contiguous())
+            weight.copy_(sum_groups(weight[..., None], sources, match)[..., 0])
+        return victims
+
+    def _parts(self, limit: int | Tensor) -> tuple[int | Tensor, int | Tensor, int | Tensor]:
+        """Return residual slots, sinks, and newest keys that do not compete, of a list's limit.
+
+        The key that has just left the tail is among these, if any other one is left.
+        """
+        num_residual = fitting(self.num_residual, limit // 2)
+        for_itself = limit - num_residual
+        tail = share_of(limit, self.tail_share)
+        tail = max(tail, 2) if isinstance(tail, int) else tail.clamp(min=2)
+        tail = smaller(tail, (for_itself + 1) // 2)
+        num_sink = fitting(self.num_sink, for_itself - tail)
+        return num_residual, num_sink, smaller(tail + 1, for_itself - num_sink)
 
     def _divide(self, layer: LayerScores, budget: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
         """Return masks of the keys [batch_size, num_lists, kv_len] bool.

@@ -38,13 +38,16 @@ FIELDS: dict[str, dict[str, Any]] = {
     "h2o": {"decode": "append"},
     "hae": {"kappa": 1.0, "alpha": 1.0, "decode": "append"},
     "streaming_llm": {"decode": "append"},
+    "d2o": {"decode": "append"},
     "dbudgetkv": {"keep": 0.6, "num_full": 1, "tolerance": 0.1},
     "lightkv_cache": {"keep": 0.6, "windows": (1,)},
+    "keepkv": {"window": 8, "similarity": 0.3, "decode": "append"},
     "mixkv": {"window": 8, "host": "adakv"},
     "pyramidkv": {"window": 6, "num_sink": 2},
     "random": {"per_head": True},
     "snapkv": {"window": 8},
     "think": {"host": "adakv", "window": 8, "num_recent": 4},
+    "zsmerge": {"num_residual": 2, "decode": "append"},
 }
 BATCHES = {
     "single": [ONE_IMAGE],

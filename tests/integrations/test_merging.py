@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import cache
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import kvevict
 from kvevict.integrations.transformers.attention import attend_blocks
-from kvevict.policies import KeepKV, LookM, ZSMerge
+from kvevict.policies import D2O, H2O, KeepKV, LookM, ZSMerge
 from kvevict.slots import Slots
 from tests.integrations.test_decoding import converse
 from tests.integrations.tiny_models import (
@@ -20,12 +21,15 @@ from tests.integrations.tiny_models import (
     MODELS,
     ONE_IMAGE,
     TWO_IMAGES,
+    generate,
     make_inputs,
     row_of,
 )
+from tests.support.reads import Reads
 
 ROWS = [ONE_IMAGE, TWO_IMAGES, LONG_ROW]
 POLICIES: dict[str, Any] = {
+    "d2o": D2O(keep=0.6),
     "keepkv": KeepKV(keep=0.4, window=8, similarity=0.2),
     "look_m": LookM(keep=0.4),
     "zsmerge": ZSMerge(keep=0.4, num_residual=2),
@@ -80,7 +84,7 @@ def test_turns_of_a_padded_batch(policy_name: str, every_turn: bool) -> None:
     totals = inputs["attention_mask"].sum(1) + sum(turns)
     for layer in cached.layers:
         weight = layer.store.slots.key_weight
-        assert (weight is None) == (policy_name == "look_m")
+        assert (weight is None) == (policy_name in ("look_m", "d2o"))
         if policy_name == "zsmerge":
             # No token is lost.
             weight = weight.masked_fill(layer.store.slots.columns < 0, 0)
@@ -118,10 +122,66 @@ def test_another_policy_carries_the_weights_on() -> None:
             assert weight == weight_of.get(column, 1)
 
 
-def test_a_merge_outside_of_no_grad() -> None:
-    """The keys of a prompt may be part of a graph."""
+@pytest.mark.parametrize(
+    "policy", [D2O(keep=9), H2O(keep=9), KeepKV(keep=9), ZSMerge(keep=9)], ids=str
+)
+def test_decoding_outside_of_no_grad(policy: Any) -> None:
+    """The keys of a prompt may be part of a graph; what is kept and remembered is not."""
     model = get_model("llama")
-    with kvevict.evict(model, ZSMerge(keep=9)):
+    with kvevict.evict(model, policy):
         cached = model(**make_inputs(model, [LONG_ROW])).past_key_values
-        model(input_ids=torch.tensor([[20]]), past_key_values=cached)
-    assert cached.layers[0].keys.shape[2] == 10
+        for _ in range(2):
+            model(input_ids=torch.tensor([[20]]), past_key_values=cached)
+    for layer in cached.layers:
+        slots = layer.store.slots
+        assert slots.stored == 9
+        memory = [value for value in slots.memory.values() if isinstance(value, Tensor)]
+        assert not any(t.requires_grad for t in (slots.keys, slots.scores, *memory))
+
+
+@pytest.mark.parametrize("policy_name", POLICIES)
+def test_a_step_reads_nothing_back(policy_name: str) -> None:
+    """On a GPU a read would stall the queue; a padded batch, with merges in every step."""
+    model = get_model("llava")
+    inputs = make_inputs(model, ROWS)
+    mask = torch.cat([inputs["attention_mask"], torch.ones(3, 2).long()], 1)
+    token = torch.full((3, 1), 20)
+    with kvevict.evict(model, POLICIES[policy_name]), torch.no_grad():
+        cached = model(**inputs).past_key_values
+        model(input_ids=token, attention_mask=mask[:, :-1], past_key_values=cached)
+        with Reads() as reads:
+            model(input_ids=token, attention_mask=mask, past_key_values=cached)
+    assert reads.found == []
+
+
+@pytest.mark.parametrize("policy_name", ["d2o", "keepkv", "zsmerge"])
+def test_beam_search(policy_name: str) -> None:
+    """Beams take their merged keys, weights and averages along: each as a run of its own tokens."""
+    model, policy = get_model("llava"), POLICIES[policy_name]
+    inputs = make_inputs(model, [ONE_IMAGE])
+    with kvevict.evict(model, policy):
+        beams = generate(
+            model, inputs, num_new=6, num_beams=2, num_return_sequences=2, output_scores=True
+        )
+    prompt_len = inputs["input_ids"].shape[1]
+    for sequence, score in zip(beams.sequences, beams.sequences_scores, strict=True):
+        with kvevict.evict(model, policy), torch.no_grad():
+            output = model(**inputs)
+            cached, total = output.past_key_values, 0.0
+            for token in sequence[prompt_len:]:
+                total += float(output.logits[0, -1].log_softmax(-1)[token])
+                output = model(input_ids=token.view(1, 1), past_key_values=cached)
+        assert total / 6 == pytest.approx(float(score), abs=1e-4)
+
+
+def test_merging_in_bfloat16() -> None:
+    """The cache keeps its dtype and its length; weights stay float32."""
+    model = copy.deepcopy(get_model("llama")).bfloat16()
+    for policy in POLICIES.values():
+        with kvevict.evict(model, policy):
+            cached = generate(model, make_inputs(model, [LONG_ROW]), num_new=5).past_key_values
+        for layer in cached.layers:
+            assert layer.dtype == torch.bfloat16
+            assert layer.store.slots.keys.isfinite().all()
+            weight = layer.store.slots.key_weight
+            assert weight is None or weight.dtype == torch.float32

@@ -16,6 +16,7 @@ from kvevict.policies import (
     PrefillPolicy,
     Prompt,
     StreamingLLM,
+    merge_layers,
     select_layers,
 )
 from kvevict.policies.base import observer
@@ -78,6 +79,9 @@ def decode(
         zeros = torch.zeros(batch_size, 1, prompt_len)
         scores = [LayerScores(zeros, prompt) for _ in first[0]]
         selections = None
+    if selections is not None:
+        first[1:] = [[tensor.clone() for tensor in tensors] for tensors in first[1:]]
+        scores, selections = merge_layers(policy, first[1], first[2], scores, selections)
     blocks = []
     for k, v, layer in zip(first[1], first[2], scores, strict=True):
         blocks.append(block_of(prompt, k, v))

@@ -7,7 +7,17 @@ from typing import Any
 import pytest
 import torch
 
-from kvevict.policies import H2O, HAE, TGVKV, LayerScores, Selection, StreamingLLM
+from kvevict.policies import (
+    D2O,
+    H2O,
+    HAE,
+    TGVKV,
+    KeepKV,
+    LayerScores,
+    Selection,
+    StreamingLLM,
+    ZSMerge,
+)
 from kvevict.policies.decode import DecodePolicy
 from kvevict.slots import evict_layers, select_slots
 from tests.policies.cases import PROMPTS as ALL_PROMPTS
@@ -127,6 +137,9 @@ def test_tgv_worked_example() -> None:
         StreamingLLM(keep=1.5),
         StreamingLLM(keep=0.2, decode="append"),
         TGVKV(keep=0.2),
+        D2O(keep=0.2, decode="append"),
+        KeepKV(keep=0.2, decode="append"),
+        ZSMerge(keep=1.0),
     ],
     ids=str,
 )
@@ -174,7 +187,8 @@ def test_a_step_neither_reads_nor_leaves_the_device() -> None:
     """On tensors that hold no data: lists that evict alike, and lists counted on the device."""
     bins = [HAE(kappa=1.0, alpha=1.0, bin_len=n, num_recent=2, vision_first=True) for n in (1, 3)]
     limited = [policy for policy, _ in LIMITED.values()]
-    for policy in (*limited, *bins, TGVKV(keep=0.4, decode="released")):
+    merging = [KeepKV(keep=0.4, window=4), ZSMerge(keep=0.4), D2O(keep=0.4)]
+    for policy in (*limited, *bins, *merging, TGVKV(keep=0.4, decode="released")):
         rows = PROMPTS["left_padded"]
         prompt = make_prompt(*rows)
         tokens = Tokens.draw(3, prompt.kv_len + 6, NUM_LAYERS)

@@ -169,7 +169,8 @@ class Step:
             return layer.store.attend(query, mask, partial(attend_blocks, sdpa))
         slots = layer.store.slots
         visible = slots.visible(mask)
-        layer.decode_policy.observe_step(slots, query, key_mask=visible, sm_scale=scaling)
+        with torch.no_grad():
+            layer.decode_policy.observe_step(slots, query, key_mask=visible, sm_scale=scaling)
         return attend_blocks(sdpa, query, key, value, slots.biased(visible))
 
     # What the policy sees
@@ -234,6 +235,7 @@ class Step:
         is_prefill = isinstance(self.policy, PrefillPolicy)
         return prompt, self.policy.row_index(prompt) if is_prefill else None
 
+    @torch.no_grad()
     def _observe(
         self, index: int, query: Tensor, key: Tensor, value: Tensor, scaling: float | None
     ) -> None:
@@ -312,6 +314,7 @@ class Step:
 
     # Behind the last layer
 
+    @torch.no_grad()
     def finish(self) -> EvictionReport | None:
         """Evict."""
         if self.evicts:
