@@ -394,14 +394,11 @@ def load_task(name: str, image_file: Path | None, question: str, say: Progress) 
     processor = AutoProcessor.from_pretrained(name)
     model = AutoModelForImageTextToText.from_pretrained(name, dtype="auto").to(device).eval()
     image = load_image(image_file)
-    if getattr(processor, "chat_template", None):
-        content = [{"type": "image"}, {"type": "text", "text": question}]
-        text = processor.apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=True
+    inputs = dict(
+        processor(images=image, text=prompt_text(processor, question), return_tensors="pt").to(
+            device, model.dtype
         )
-    else:
-        text = f"USER: <image>\n{question} ASSISTANT:"
-    inputs = dict(processor(images=image, text=text, return_tensors="pt").to(device, model.dtype))
+    )
     say.note(f"{type(model).__name__}, {inputs['input_ids'].shape[1]} prompt tokens on {device}")
     photo, grid = locate_patches(model, inputs, image)
 
@@ -409,6 +406,18 @@ def load_task(name: str, image_file: Path | None, question: str, say: Progress) 
         return str(processor.decode(tokens, skip_special_tokens=True))
 
     return Task(model, inputs, photo, grid, decode)
+
+
+def prompt_text(processor: Any, question: str) -> str:
+    """Return the prompt of a question about one image, in the processor's template if any."""
+    if getattr(processor, "chat_template", None):
+        content = [{"type": "image"}, {"type": "text", "text": question}]
+        return str(
+            processor.apply_chat_template(
+                [{"role": "user", "content": content}], add_generation_prompt=True
+            )
+        )
+    return f"USER: <image>\n{question} ASSISTANT:"
 
 
 def locate_patches(

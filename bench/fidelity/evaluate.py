@@ -3,7 +3,7 @@
 Every method goes through `kvevict.evict(model, policy)`, as a user's would. The first token of an
 answer comes from the whole prompt, all others from what was kept of it.
 
-A method is a name of `kvevict.policies.list()`, with the fields that are not the defaults behind
+A method is a name of `kvevict.policies.list(with_keep=True)`, with the fields that are not the defaults behind
 it: `snapkv`, `snapkv/window=4/pool_kernel=1`; `all` is every name. Beside them stand controls: the
 full cache, all vision tokens removed, all needed ones removed, random ones kept, the needed ones
 kept ("oracle").
@@ -32,12 +32,17 @@ from tqdm import tqdm
 
 import kvevict
 from bench.fidelity.controls import Oracle, RandomVision, Without
+from bench.fidelity.data import PIXEL_MEAN, PIXEL_STD
 from bench.fidelity.questions import Batch, Task, load_mosaics, load_questions
 from bench.fidelity.tables import Row, plot_accuracy, to_markdown
 from bench.fidelity.train import choose_device
 from kvevict import policies
+from kvevict.demo import picture_of
+from kvevict.integrations.transformers import EvictionReport
+from kvevict.plotting import plot_comparison
 
 Z_95 = 1.959964
+PICTURE_BUDGET = 0.1
 
 
 @dataclass(frozen=True)
@@ -114,19 +119,19 @@ def control_methods(needs: bool) -> list[Method]:
 
 
 @torch.inference_mode()
-def ask(model: Any, batch: Batch, policy: Any) -> tuple[Tensor, tuple[Any, ...]]:
+def ask(model: Any, batch: Batch, policy: Any) -> tuple[Tensor, EvictionReport | None]:
     """Generate greedily with what a policy keeps.
 
     Returns:
-        New ids [batch_size, num_new], and what was kept per layer; empty where nothing went.
+        New ids [batch_size, num_new], and what was kept; None where nothing went.
     """
     options = {"max_new_tokens": batch.num_new, "do_sample": False}
     prompt_len = batch.inputs["input_ids"].shape[1]
     if policy is None:
-        return model.generate(**batch.inputs, **options)[:, prompt_len:], ()
+        return model.generate(**batch.inputs, **options)[:, prompt_len:], None
     with kvevict.evict(model, policy) as eviction:
         output = model.generate(**batch.inputs, **options)
-    return output[:, prompt_len:], eviction.kept
+    return output[:, prompt_len:], eviction.report
 
 
 def kept_mask(kept_indices: Tensor, prompt_len: int) -> Tensor:
@@ -140,7 +145,8 @@ def measure(task: Task, method: Method, budget: float) -> Tally:
     """Ask all questions of a task."""
     tally = Tally()
     for batch in task.batches:
-        generated, layers = ask(task.model, batch, method.build(budget, batch))
+        generated, report = ask(task.model, batch, method.build(budget, batch))
+        layers = report.kept if report else ()
         right, part = task.score(generated, batch.answers)
         tally.right += right.tolist()
         tally.part += part.tolist()
@@ -153,6 +159,35 @@ def measure(task: Task, method: Method, budget: float) -> Tally:
         everything = [1.0] * task.model.config.get_text_config().num_hidden_layers
         tally.recall += torch.stack(recalls, 1).tolist() if layers else [everything] * len(lens)
     return tally
+
+
+def draw_kept(task: Task, methods: Sequence[Method], budget: float, path: Path) -> None:
+    """Draw what methods keep of the first mosaic as a PNG; the digits asked for are red."""
+    first = task.batches[0]
+    assert first.needed is not None
+    inputs = {name: tensor[:1] for name, tensor in first.inputs.items()}
+    batch = Batch(inputs, first.answers[:1], first.num_new, first.needed[:1])
+    pixels = inputs["pixel_values"][0, 0].cpu() * PIXEL_STD + PIXEL_MEAN
+    side = math.isqrt(task.model.config.image_seq_length)
+    asked = first.needed[0, 1 : 1 + side**2].view(side, side).cpu()
+    enlarged = asked.repeat_interleave(len(pixels) // side, 0)
+    enlarged = enlarged.repeat_interleave(len(pixels) // side, 1)
+    others = pixels.where(~enlarged, 0.3 * pixels)
+    photo = torch.stack([pixels, others, others], -1).clamp(0, 1)
+    pictures = {}
+    for method in methods:
+        _, report = ask(task.model, batch, method.build(budget, batch))
+        if report is not None:
+            layers = [picture_of(layer, report, (side, side)) for layer in report.kept]
+            pictures[method.name] = layers
+    plot_comparison(
+        photo,
+        pictures,
+        path,
+        prompt_len=inputs["input_ids"].shape[1],
+        title=f"What is kept at {budget:.0%}",
+        subtitle=f"{task.name}, first question; the digits that are asked for are red.",
+    )
 
 
 def recall(kept_indices: Tensor, needed: Tensor) -> Tensor:
@@ -224,7 +259,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if (args.model is None) != (args.questions is None):
         parser.error("--model and --questions go together")
-    names = policies.list() if args.methods == "all" else args.methods.split(",")
+    names = policies.list(with_keep=True) if args.methods == "all" else args.methods.split(",")
     try:
         args.methods = [parse_method(name) for name in names if name]
         args.budgets = [float(text) for text in args.budgets.split(",")]
@@ -247,8 +282,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         ]
     args.out.mkdir(parents=True, exist_ok=True)
     rows: list[Row] = []
-    for load in loaders:
-        for row in measure_all(load(), args.methods, args.budgets):
+    for i, load in enumerate(loaders):
+        task = load()
+        if i == 0 and task.needs:
+            budget = min(args.budgets, key=lambda budget: abs(budget - PICTURE_BUDGET))
+            draw_kept(task, args.methods, budget, args.out / "kept.png")
+        for row in measure_all(task, args.methods, args.budgets):
             rows.append(row)
             result = {"command": sys.argv, "rows": [dataclasses.asdict(row) for row in rows]}
             (args.out / "fidelity.json").write_text(json.dumps(result, indent=1) + "\n")

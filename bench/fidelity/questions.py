@@ -23,6 +23,7 @@ from bench.fidelity.data import (
     question_ids,
     vision_tokens,
 )
+from kvevict.demo import prompt_text
 
 BATCH = 64
 
@@ -126,11 +127,8 @@ def load_questions(
         question = json.loads(line)
         with Image.open(file.parent / question["image"]) as image:
             photo = image.convert("RGB")
-        parts = [{"type": "image"}, {"type": "text", "text": question["question"]}]
-        prompt = processor.apply_chat_template(
-            [{"role": "user", "content": parts}], add_generation_prompt=True
-        )
-        inputs = processor(images=photo, text=prompt, return_tensors="pt").to(device)
+        prompt = prompt_text(processor, question["question"])
+        inputs = processor(images=photo, text=prompt, return_tensors="pt").to(device, model.dtype)
         answer = question["answer"]
         answers = [[answer] if isinstance(answer, str) else answer]
         batches.append(Batch(dict(inputs), answers, num_new))

@@ -203,6 +203,8 @@ class Trainer:
         whole = progress.phase == WHOLE
         rate = recipe.rate * min(1, (progress.total + 1) / 100)
         if whole:
+            # Adam's first steps have full size whatever the gradient, and the tower is trained.
+            rate *= min(1, (progress.step + 1) / 50)
             rate *= 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress.step / recipe.whole_steps))
         num_seen = design.num_segments if whole else recipe.stages[progress.stage]
         num_questions = min(recipe.num_questions, num_seen)

@@ -12,7 +12,7 @@ from PIL import Image
 
 from kvevict import demo, policies
 from kvevict.plotting import LayerPicture, plot_comparison, plot_kept_patches
-from tests.integrations.tiny_models import IMAGE_ID, llava, qwen2_5_vl
+from tests.integrations.tiny_models import IMAGE_ID, llava, qwen2_5_vl, save_llava
 
 
 @pytest.fixture
@@ -211,7 +211,7 @@ def save_checkpoint(directory: Path) -> None:
 
 
 def test_a_checkpoint_with_a_processor(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    save_checkpoint(tmp_path / "model")
+    save_llava(tmp_path / "model")
     arguments = ["--model", str(tmp_path / "model"), "--question", "What is it", "--keep", "0.6"]
     assert demo.main([*arguments, "--new-tokens", "3", "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr().out

@@ -24,10 +24,12 @@ from kvevict import policies
 from kvevict.policies import IMAGE, TEXT, Prompt
 from tests.fidelity.checkpoints import CHECKPOINTS, FOLDERS
 from tests.integrations.masked_reference import masked_reference
+from tests.integrations.tiny_models import save_llava
 from tests.policies.oracles import Sequence, keep_by_oracle
 
 DECODE_FIELDS: dict[str, dict[str, Any]] = {
-    name: {"decode": "append"} for name in ("h2o", "hae", "streaming_llm")
+    name: {"decode": "append"}
+    for name in ("d2o", "h2o", "hae", "keepkv", "streaming_llm", "zsmerge")
 }
 """Masks say what is gone after the prompt; dropping more in decoding is tested elsewhere."""
 
@@ -84,13 +86,20 @@ def test_the_needed_tokens_are_enough() -> None:
 # Who agrees
 
 
-@pytest.mark.parametrize("name", policies.list())
+def only_moves(name: str) -> bool:
+    """Whether what a policy keeps stays as it is: neither merged nor narrowed."""
+    policy = policies.get(name, keep=0.15)
+    return not isinstance(policy, policies.MergingPolicy | policies.ChannelPolicy)
+
+
+@pytest.mark.parametrize("name", filter(only_moves, policies.list(with_keep=True)))
 def test_moving_equals_masking(name: str) -> None:
     batch = few(8)
     policy = policies.get(name, keep=0.15, **DECODE_FIELDS.get(name, {}))
-    generated, layers = ask(task().model, batch, policy)
+    generated, report = ask(task().model, batch, policy)
+    assert report is not None
     prompt_len = batch.inputs["input_ids"].shape[1]
-    kept = {layer.layer_idx: kept_mask(layer.kept_indices, prompt_len) for layer in layers}
+    kept = {layer.layer_idx: kept_mask(layer.kept_indices, prompt_len) for layer in report.kept}
     assert len(kept) == task().model.config.text_config.num_hidden_layers
     with masked_reference(task().model, prompt_len, kept):
         masked, _ = ask(task().model, batch, None)
@@ -109,7 +118,7 @@ def recorded() -> dict[str, list[Tensor]]:
     return {name: [layer[i] for layer in layers] for i, name in enumerate(names)}
 
 
-@pytest.mark.parametrize("name", policies.list())
+@pytest.mark.parametrize("name", policies.list(with_keep=True))
 def test_kernels_keep_what_the_float64_oracle_keeps(name: str) -> None:
     ids = few(3).inputs["input_ids"]
     policy = policies.get(name, keep=0.15)
@@ -157,7 +166,29 @@ def test_the_command_writes_tables_and_a_plot(tmp_path: Path) -> None:
     assert {row["exact_match"] for row in whole} == {rows[0]["exact_match"]}
     assert len(rows[0]["recall"]) == 3
     assert "| snapkv/window=4/pool_kernel=1 |" in (tmp_path / "fidelity.md").read_text()
-    assert (tmp_path / "fidelity.png").stat().st_size > 10_000
+    for picture in ("fidelity.png", "kept.png"):
+        assert (tmp_path / picture).stat().st_size > 10_000
+
+
+def test_the_command_runs_on_a_real_checkpoint(tmp_path: Path) -> None:
+    from PIL import Image
+
+    save_llava(tmp_path / "model")
+    Image.new("RGB", (30, 40), (200, 30, 90)).save(tmp_path / "a.png")
+    questions = [
+        {"image": "a.png", "question": "What is it", "answer": "nothing"},
+        {"image": "a.png", "question": "is it", "answer": ["it", "a cat"]},
+    ]
+    lines = "".join(json.dumps(question) + "\n" for question in questions)
+    (tmp_path / "questions.jsonl").write_text(lines)
+    which = ["--model", str(tmp_path / "model"), "--questions", str(tmp_path / "questions.jsonl")]
+    how = ["--methods", "tgv_kv", "--budgets", ".5", "--new-tokens", "3", "--out", str(tmp_path)]
+    assert evaluate.main([*which, *how]) == 0
+    rows = json.loads((tmp_path / "fidelity.json").read_text())["rows"]
+    names = ["full", "text only", "random vision", "random vision per head", "tgv_kv"]
+    assert [row["method"] for row in rows] == names
+    assert {row["questions"] for row in rows} == {2}
+    assert rows[-1]["recall"] == [] and 0.3 < rows[-1]["kept"] <= 0.5
 
 
 @pytest.mark.parametrize("text", ["nosuch", "snapkv/nosuch=1", "snapkv/window=-1"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -77,6 +78,35 @@ def llava() -> Any:
         vision_feature_layer=-1,
     )
     return LlavaForConditionalGeneration(config).eval()
+
+
+def save_llava(directory: Path) -> None:
+    """Save a tiny LLaVA with a processor, as a checkpoint from a hub would look."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import CLIPImageProcessor, LlavaProcessor, PreTrainedTokenizerFast
+
+    words = ["<pad>", "<s>", "</s>", "<unk>", "USER:", "<image>", "ASSISTANT:", "What", "is", "it"]
+    vocabulary = {word: i for i, word in enumerate(words)}
+    assert vocabulary["<image>"] == IMAGE_ID
+    vocabulary |= {f"word{i}": i for i in range(len(words), 96)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    LlavaProcessor(
+        image_processor=CLIPImageProcessor(
+            size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}
+        ),
+        tokenizer=PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer,
+            pad_token="<pad>",
+            unk_token="<unk>",
+            additional_special_tokens=["<image>"],
+        ),
+        patch_size=7,
+        vision_feature_select_strategy="default",
+        image_token="<image>",
+        num_additional_image_tokens=1,
+    ).save_pretrained(directory)
+    llava().save_pretrained(directory)
 
 
 def qwen2_5_vl() -> Any:
