@@ -3,10 +3,10 @@
 Every method goes through `kvevict.evict(model, policy)`, as a user's would. The first token of an
 answer comes from the whole prompt, all others from what was kept of it.
 
-A method is a name of `kvevict.policies.list(with_keep=True)`, with the fields that are not the defaults behind
-it: `snapkv`, `snapkv/window=4/pool_kernel=1`; `all` is every name. Beside them stand controls: the
-full cache, all vision tokens removed, all needed ones removed, random ones kept, the needed ones
-kept ("oracle").
+A method is a name of `kvevict.policies.list(with_keep=True)`, with the fields that are not the
+defaults behind it: `snapkv`, `snapkv/window=4/pool_kernel=1`; `all` is every name. Beside them
+stand controls: the full cache, all vision tokens removed, all needed ones removed, random ones
+kept, the needed ones kept ("oracle").
 
 With `--model` and `--questions FILE` the same loop runs on a real checkpoint. A line of the file is
 {"image": path, "question": str, "answer": str or [str]}; paths are relative to the file.
