@@ -99,21 +99,15 @@ def _kept(weights: Tensor, selection: Selection) -> Tensor:
     return kept[..., 0]
 
 
-def evicted_keys(selection: Selection, prompt: Prompt) -> Tensor:
-    """Return the real keys that go [batch_size, 1 | num_kv_heads, kv_len] bool."""
-    return prompt.valid[:, None] & ~in_list(selection.kept_indices, prompt.kv_len)
-
-
 def match_evicted(
-    key: Tensor, selection: Selection, prompt: Prompt, *, metric: Metric = Metric.COSINE
+    key: Tensor, selection: Selection, prompt: Prompt
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Find the most similar kept key of every evicted one.
+    """Find the most similar kept key, by cosine, of every evicted one.
 
     Args:
         key: [batch_size, num_kv_heads, kv_len, head_dim].
         selection: what stays.
         prompt: what the keys are.
-        metric: what similar means.
 
     Returns:
         source_index [batch_size, 1 | num_kv_heads, kv_len] int32, the evicted keys, -1 in the
@@ -122,8 +116,9 @@ def match_evicted(
         be compared with it, has no match.
     """
     place = torch.arange(prompt.kv_len, dtype=torch.int32, device=key.device)
-    sources = place.where(evicted_keys(selection, prompt), -1)
-    match, similarity = ops.match_tokens(key, sources, selection.kept_indices, metric=metric)
+    goes = prompt.valid[:, None] & ~in_list(selection.kept_indices, prompt.kv_len)
+    sources = place.where(goes, -1)
+    match, similarity = ops.match_tokens(key, sources, selection.kept_indices)
     return sources, match.where(similarity > -torch.inf, -1), similarity
 
 
