@@ -128,7 +128,7 @@ def _think(
         fields["keep"] = keep
     if host is None and not fields:
         return ThinK(**own)
-    hosts = sorted(_POLICIES.keys() - _WITHOUT_KEEP - {"think"})
+    hosts = sorted(_POLICIES.keys() - _WITHOUT_KEEP - _MERGING - {"think"})
     if host is not None and host not in hosts:
         raise ValueError(
             f"kvevict.policies.get: host of think must be one of {hosts}, got {host!r}"
@@ -166,6 +166,7 @@ _POLICIES: dict[str, Callable[..., PrefillPolicy | LayerPolicy]] = {
 }
 
 
+_MERGING = frozenset({"d2o", "keepkv", "lightkv_cache", "look_m", "zsmerge"})
 # These have no budget: what they leave depends on the prompt alone.
 _WITHOUT_KEEP = frozenset({"lightkv"})
 
@@ -184,7 +185,7 @@ def get(name: str, **fields: Any) -> PrefillPolicy | LayerPolicy:
 
     "mixkv" takes the name of its host and the host's fields: `get("mixkv", host="adakv", keep=64)`.
     So does "think", but for fields of that name in `ThinK`; it takes a policy as its host, too.
-    Without a host's name its host is SnapKV, and without `keep` every token stays.
+    Without a host's name its host is SnapKV; with neither that nor `keep`, every token stays.
 
     Raises:
         ValueError: if there is no policy of that name.

@@ -101,7 +101,7 @@ def score_weighted(
     num_kv_heads, kv_len = key.shape[1:3]
     scale = head_dim**-0.5 if sm_scale is None else sm_scale
     mask = torch.ones_like(key_weight, dtype=torch.bool) if key_mask is None else key_mask
-    bias = key_weight.log().masked_fill(~mask, -torch.inf)[:, :, None, None]
+    bias, hidden = key_weight.log()[:, :, None, None], ~mask[:, :, None, None]
     sequence = torch.arange(batch_size, device=key.device)[:, None]
     column = torch.arange(kv_len, device=key.device)
     if row_index is None:
@@ -115,7 +115,7 @@ def score_weighted(
         position = kv_len - qo_len + rows
         states = query.transpose(1, 2)[sequence, rows].transpose(1, 2)
         states = states.reshape(batch_size, num_kv_heads, group_size, *states.shape[2:])
-        logits = states.float() @ keys * scale + bias
+        logits = (states.float() @ keys * scale + bias).masked_fill(hidden, -torch.inf)
         logits = logits.masked_fill((column > position[..., None])[:, None, None], -torch.inf)
         # Rows that are padding have no vote, in lists that hold nothing there is none at all.
         votes = mask.transpose(1, 2)[sequence, position].transpose(1, 2) & (rows >= 0)[:, None]

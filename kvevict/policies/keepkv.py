@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -91,7 +92,8 @@ class KeepKV(DecodeLimit, Policy):
         self._require_count("window", minimum=1)
         self._require_fraction("decay")
         self._require_one_of("decode", ("evict", "append"))
-        if isinstance(self.similarity, bool) or not -1 <= self.similarity <= 1:
+        is_number = isinstance(self.similarity, Real) and not isinstance(self.similarity, bool)
+        if not is_number or not -1 <= self.similarity <= 1:
             raise ValueError(f"KeepKV: similarity must be in [-1, 1], got {self.similarity!r}")
 
     def row_index(self, prompt: Prompt) -> Tensor:
@@ -117,6 +119,7 @@ class KeepKV(DecodeLimit, Policy):
         )
         sequence = torch.arange(len(rows), device=rows.device)[:, None]
         states = query.transpose(1, 2)[sequence, rows.long()].float()
+        states = states.masked_fill((rows < 0)[..., None, None], 0)
         part = row_weight / row_weight.sum(1, keepdim=True).clamp(min=1)
         group_size = query.shape[1] // key.shape[1]
         per_head = (states * part[..., None, None]).sum(1)

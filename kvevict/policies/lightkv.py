@@ -27,7 +27,8 @@ class LightKV:
     all of theirs. At a stage, per image of n tokens:
 
     - guidance: $\omega_i = \sum_h \sum_j c_h[i,j]$ over the text keys j, where $c_h[\cdot,j]$ is
-      the softmax over all rows i of the logits $q_i k_j$ without a mask: text keys attend to rows;
+      the softmax over all rows i of the logits $q_i k_j$ without a mask: text keys attend to rows.
+      A template's text counts, too;
     - windows: the n tokens, written as a square of side $\lceil\sqrt n\rceil$, are cut into
       `window` parts per side. (This is a shape of the list, not the grid of the image.) In each
       window the 1st, 3rd, ... token is a source, the others are targets;
@@ -48,7 +49,8 @@ class LightKV:
 
     Attributes:
         merge_layers: the layers behind which tokens are merged, one per stage. None = at 3/8, 9/16
-            and 3/4 of the model's depth: layers 12, 18 and 24 of 32, as published.
+            and 3/4 of the model's depth: layers 12, 18 and 24 of 32, as released for LLaVA. For the
+            28 layers of Qwen2.5-VL (12, 17, 22) is released, with windows (6, 4, 2).
         windows: windows per side of an image, for every stage, or one for all.
         drop: the share of the tokens that goes at a stage, for every stage, or one for all.
         guidance: weights of the mean: "text" or "uniform".
@@ -66,11 +68,20 @@ class LightKV:
     decode_positions: Literal["conversation", "stored"] = "conversation"
 
     def __post_init__(self) -> None:
+        for name in ("merge_layers", "windows", "drop"):
+            value = getattr(self, name)
+            if not isinstance(value, tuple) and (value is not None or name != "merge_layers"):
+                raise ValueError(f"LightKV: {name} must be a tuple, got {value!r}")
         layers = self.merge_layers
         if layers is not None and (
-            not layers or list(layers) != sorted({*layers}) or layers[0] < 0
+            not layers
+            or any(isinstance(i, bool) or not isinstance(i, int) for i in layers)
+            or list(layers) != sorted({*layers})
+            or layers[0] < 0
         ):
-            raise ValueError(f"LightKV: merge_layers must ascend from at least 0, got {layers}")
+            raise ValueError(
+                f"LightKV: merge_layers must be ints that ascend from at least 0, got {layers}"
+            )
         num_stages = len(DEPTHS if layers is None else layers)
         for name in ("windows", "drop"):
             values = getattr(self, name)
@@ -106,6 +117,7 @@ class LightKV:
             )
         return layers
 
+    @torch.no_grad()
     def shorten(
         self,
         hidden_states: Tensor,

@@ -13,7 +13,7 @@ from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM
 
 import kvevict
 from kvevict.integrations.transformers import EvictedLayer
-from kvevict.policies import HAE, LightKV, Prompt, Selection, Shortening
+from kvevict.policies import HAE, LightKV, Prompt, Selection, Shortening, SnapKV
 from tests.integrations.masked_reference import kept_mask, masked_reference
 from tests.integrations.test_transformers import SECOND_TURN, state_of, two_turns
 from tests.integrations.tiny_models import (
@@ -421,3 +421,49 @@ def test_a_turn_after_merging(model_name: str) -> None:
     fed = second.sequences[0, prompt_len:-1].tolist()
     expected, _ = merge_and_run(model, inputs, policy, fed)
     torch.testing.assert_close(logits_of(second)[0], expected[-2:], rtol=0, atol=2e-4)
+
+
+def test_a_refused_policy_leaves_no_hook() -> None:
+    model = get_model("llava")
+    before = state_of(model)
+    with pytest.raises(ValueError, match="merge_layers must be different layers below 3"):
+        kvevict.evict(model, LightKV()).__enter__()
+    assert state_of(model) == before
+
+
+def test_merging_where_gradients_are_on() -> None:
+    model, policy = get_model("llava"), LIGHTKV["released"]
+    inputs = make_inputs(model, [ONE_IMAGE])
+    with kvevict.evict(model, policy):
+        actual = model(**inputs).logits
+    with kvevict.evict(model, policy), torch.no_grad():
+        expected = model(**inputs).logits
+    assert torch.equal(actual, expected)
+
+
+def run_turns(model: Any, lens: list[int], *policies: Any, every_turn: bool = False) -> Tensor:
+    """Feed an image and some turns of text; return the logits of the last turn."""
+    inputs = make_inputs(model, [ONE_IMAGE])
+    total, cache = inputs["input_ids"].shape[1], DynamicCache(config=model.config)
+    with torch.no_grad():
+        with kvevict.evict(model, policies[0], every_turn=every_turn):
+            model(**inputs, past_key_values=cache)
+        for length in lens:
+            total += length
+            with kvevict.evict(model, policies[-1], every_turn=every_turn):
+                output = model(
+                    input_ids=torch.arange(11, 11 + length)[None],
+                    attention_mask=torch.ones(1, total),
+                    past_key_values=cache,
+                )
+    logits: Tensor = output.logits
+    return logits
+
+
+def test_where_tokens_stand_outlives_an_eviction() -> None:
+    model, policy = get_model("llava"), LIGHTKV["positions_follow"]
+    expected = run_turns(model, [5, 1], policy)
+    actual = run_turns(model, [5, 1], policy, every_turn=True)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4)
+    with pytest.raises(ValueError, match="continue it under a policy that does so, not SnapKV"):
+        run_turns(model, [5], policy, SnapKV(keep=1.0))

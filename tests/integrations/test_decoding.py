@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 import kvevict
 from kvevict.integrations.transformers import EvictedLayer
@@ -419,3 +420,20 @@ def test_a_policy_that_only_decodes() -> None:
         assert columns.shape == (3, 1, prompt_len)
         assert columns[:, 0, -1].tolist() == [prompt_len + 3] * 3
     assert state_of(model) == before
+
+
+def test_a_turn_after_a_prompt_that_fits() -> None:
+    """Scores per KV head make lists per head, though nothing was evicted before."""
+    model, policy = get_model("llama"), H2O(keep=65)
+    inputs = make_inputs(model, [LONG_ROW])
+    total, cache = inputs["input_ids"].shape[1], DynamicCache(config=model.config)
+    with kvevict.evict(model, policy, every_turn=True) as eviction, torch.no_grad():
+        model(**inputs, past_key_values=cache)
+        for length in [1] * 14 + [6]:
+            total += length
+            model(
+                input_ids=torch.arange(11, 11 + length)[None],
+                attention_mask=torch.ones(1, total),
+                past_key_values=cache,
+            )
+    assert [layer.kept_lens.unique().tolist() for layer in eviction.kept] == [[65]] * NUM_LAYERS

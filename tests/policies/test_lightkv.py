@@ -129,9 +129,13 @@ def test_equal_and_unordered_similarities() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"merge_layers": ()}, "merge_layers must ascend from at least 0"),
-        ({"merge_layers": (3, 2, 5)}, "merge_layers must ascend from at least 0"),
-        ({"merge_layers": (-1, 2, 5)}, "merge_layers must ascend from at least 0"),
+        ({"merge_layers": ()}, "merge_layers must be ints that ascend from at least 0"),
+        ({"merge_layers": (3, 2, 5)}, "merge_layers must be ints that ascend from at least 0"),
+        ({"merge_layers": (-1, 2, 5)}, "merge_layers must be ints that ascend from at least 0"),
+        ({"merge_layers": (1.5,)}, "merge_layers must be ints that ascend from at least 0"),
+        ({"merge_layers": 12}, "merge_layers must be a tuple"),
+        ({"windows": 1}, "windows must be a tuple"),
+        ({"drop": 0.5}, "drop must be a tuple"),
         ({"windows": (4, 2)}, "windows must have 1 or 3 values"),
         ({"windows": (4, 2, 0)}, "windows must be ints of at least 1"),
         ({"drop": (1.5,)}, r"drop must be in \[0, 1\]"),

@@ -220,11 +220,13 @@ def test_keepkv_leaves_the_output_of_the_last_query(scale: float, decay: float) 
     assert (weights.frac() != 0).any()
 
 
-@pytest.mark.parametrize("case", MERGING)
+# The others decide by position, or when the layer was observed.
+BY_SIMILARITY = [case for case in MERGING if CASES[case][0] not in ("zsmerge", "lightkv_cache")]
+
+
+@pytest.mark.parametrize("case", BY_SIMILARITY)
 def test_keys_with_nan_are_dropped_not_merged(case: str) -> None:
-    name, policy = CASES[case]
-    if name in ("zsmerge", "lightkv_cache"):
-        return  # Decided by position, or when the layer was observed.
+    _, policy = CASES[case]
     prompt = make_prompt(*PROMPTS["left_padded"])
     layers = make_layers(prompt)
     scores = [
@@ -315,3 +317,28 @@ def test_a_key_of_weight_n_scores_as_n_keys() -> None:
             )
             summed = torch.zeros(kv_len, dtype=torch.float64).index_add_(0, index, expected[0, 0])
             torch.testing.assert_close(actual[b, head].double(), summed, rtol=1e-5, atol=1e-6)
+
+
+def test_padding_does_not_enter_weighted_attention() -> None:
+    query, key = torch.randn(2, 4, 9, 8), torch.randn(2, 2, 9, 8)
+    mask = torch.ones(2, 9, dtype=torch.bool)
+    mask[0, :3] = False
+    key[0, :, :3] = torch.nan
+    scores = score_weighted(query, key, torch.ones(2, 2, 9), key_mask=mask[:, None])
+    expected = score_keys(query, key, key_mask=mask, head_reduction=HeadReduction.GROUP_MEAN)
+    torch.testing.assert_close(scores.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_padding_behind_the_prompt_is_not_in_keepkvs_query() -> None:
+    prompt = make_prompt("ttiitt..")
+    query, key, value = torch.randn(3, 1, 1, 8, 8)
+    for tensor in (query, key, value):
+        tensor[:, :, 6:] = torch.nan
+    policy = KeepKV(keep=4, window=8, similarity=-1.0)
+    layer = policy.observe(query, key, value, prompt, policy.row_index(prompt))
+    (selection,) = policies.select_layers(policy, [layer]) or ()
+    weights = policy.merge(key, value, layer, selection).key_weight
+    assert weights is not None
+    assert weights[..., :6].isfinite().all()
+    with pytest.raises(ValueError, match=r"similarity must be in \[-1, 1\]"):
+        KeepKV(keep=4, similarity="high")  # type: ignore[arg-type]

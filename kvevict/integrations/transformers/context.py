@@ -205,18 +205,18 @@ class Eviction:
         switch(ATTENTION_NAME)
 
     def _add_hooks(self, decoder: Any) -> None:
+        if isinstance(self.policy, LayerPolicy):
+            self._add_layer_hooks(decoder, self.policy)
         hooks = [
             decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True),
             decoder.register_forward_hook(self._after_decoder, always_call=True),
         ]
         for module in {id(m): m for m in (self.model, self.model.base_model)}.values():
             hooks.append(module.register_forward_pre_hook(self._note_inputs, with_kwargs=True))
-        if isinstance(self.policy, LayerPolicy):
-            hooks += self._add_layer_hooks(decoder, self.policy)
         for hook in hooks:
             self._undo.callback(hook.remove)
 
-    def _add_layer_hooks(self, decoder: Any, policy: LayerPolicy) -> list[Any]:
+    def _add_layer_hooks(self, decoder: Any, policy: LayerPolicy) -> None:
         layers = getattr(decoder, "layers", None)
         name = type(self.model).__name__
         if not isinstance(layers, ModuleList) or not hasattr(decoder, "rotary_emb"):
@@ -225,12 +225,10 @@ class Eviction:
                 f"of {name} is not a plain list of layers with rotary positions"
             )
         self._shortening = tuple(policy.shortening_layers(len(layers)))
-        hooks = []
         for i, layer in enumerate(layers) if self._shortening else ():
             before, after = partial(self._before_layer, i), partial(self._after_layer, i)
-            hooks.append(layer.register_forward_pre_hook(before, with_kwargs=True))
-            hooks.append(layer.register_forward_hook(after))
-        return hooks
+            self._undo.callback(layer.register_forward_pre_hook(before, with_kwargs=True).remove)
+            self._undo.callback(layer.register_forward_hook(after).remove)
 
     def _close(self) -> None:
         del _OPEN[id(self._text_config)]

@@ -69,7 +69,8 @@ class LayerReport:
         num_by_modality: [batch_size, num_kv_heads, 4] int64, the same by the codes of
             `kvevict.policies.Prompt`; None for a layer that was never evicted.
         bytes_stored: bytes of the storages of keys and values, slack included.
-        bytes_bookkeeping: bytes of what is kept beside them: columns, positions, scores.
+        bytes_bookkeeping: bytes of what is kept beside them: what slots hold, scores, weights,
+            channels.
         bytes_full: bytes of keys and values without eviction.
     """
 

@@ -1,4 +1,4 @@
-"""The rows of a prompt that are still alive, and the hooks that take the others out of a layer."""
+"""The rows of a prompt that are still alive."""
 
 from __future__ import annotations
 

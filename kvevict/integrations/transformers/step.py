@@ -68,6 +68,7 @@ class Step:
         self.decodes = isinstance(policy, DecodePolicy) and policy.evicts_while_decoding
         is_prompt = num_new > 1 or self.decodes
         self.evicts = (self.is_first and is_prompt) or (every_turn and num_new > 1)
+        self.follows_shifts = len(shortening) > 0
         self.shortening = tuple(shortening) if self.is_first and num_new > 1 else ()
         self.modality_of = modality_of
         self.rotate = rotate
@@ -97,6 +98,11 @@ class Step:
                     layer.decode_policy = None
                 if self.is_first:  # The cache was reset.
                     self.cache.layers[i] = DynamicLayer()
+                elif layer.position_shift is not None and not self.follows_shifts:
+                    raise ValueError(
+                        "kvevict.evict: this cache numbers its tokens anew from some layer on; "
+                        f"continue it under a policy that does so, not {self.policy!r}"
+                    )
             elif self.shortening and type(layer) is not DynamicLayer:
                 raise ValueError(
                     f"kvevict.evict: {type(self.policy).__name__} shortens the prompt between "
@@ -220,7 +226,7 @@ class Step:
             columns, modality = (t.expand(-1, num_kv_heads, -1) for t in (columns, modality))
             totals = totals.repeat_interleave(num_kv_heads)
             if weights is not None:
-                weights = weights.flatten(0, 1)[:, None]
+                weights = weights.expand(-1, num_kv_heads, -1).flatten(0, 1)[:, None]
         prompt = Prompt(
             modality.flatten(0, 1).to(torch.int8),
             key_mask=columns.flatten(0, 1) >= 0,
@@ -293,6 +299,7 @@ class Step:
             alive = rows.put(full, alive)
         return alive if isinstance(output, Tensor) else (alive, *output[1:])
 
+    @torch.no_grad()
     def _shorten(self, index: int, alive: Tensor) -> Tensor:
         assert isinstance(self.policy, LayerPolicy)
         assert self.rows is not None
@@ -351,10 +358,10 @@ class Step:
             scores, selections = self._merge(blocks, scores, selections)
         if selections is not None and _lists_per_head(self.cache):
             selections = tuple(_unfold(s, blocks[0].keys.shape[1]) for s in selections)
-        before = [LayerSlots.of(block) for block in blocks]
         if self.decodes:
             for block, layer in zip(blocks, scores, strict=True):
                 block.track(layer.scores.view(block.keys.shape[0], -1, block.stored))
+        before = [LayerSlots.of(block) for block in blocks]
         stores, bytes_new = before, 0
         if self._drops_channels(indices, blocks):
             stores, bytes_new = self._pack(indices, blocks, selections)
@@ -427,6 +434,9 @@ class Step:
     def _evicted_layer(self, index: int, store: LayerSlots) -> EvictedLayer:
         layer = EvictedLayer(store)
         layer.decode_policy = self.policy if self.decodes else None
+        old = self.cache.layers[index]
+        if isinstance(old, EvictedLayer):
+            layer.position_shift, layer.restarted = old.position_shift, old.restarted
         rows = self.layer_rows.get(index)
         if rows is not None and rows.restart_decoding:
             layer.position_shift, layer.restarted = rows.num_removed, rows.restarted
