@@ -181,35 +181,6 @@ def test_two_methods_side_by_side(tmp_path: Path) -> None:
     assert bright == [True, True, True, False, False, True]
 
 
-def save_checkpoint(directory: Path) -> None:
-    """Save a tiny LLaVA with a processor, as a checkpoint from a hub would look."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import CLIPImageProcessor, LlavaProcessor, PreTrainedTokenizerFast
-
-    words = ["<pad>", "<s>", "</s>", "<unk>", "USER:", "<image>", "ASSISTANT:", "What", "is", "it"]
-    vocabulary = {word: i for i, word in enumerate(words)}
-    assert vocabulary["<image>"] == IMAGE_ID
-    vocabulary |= {f"word{i}": i for i in range(len(words), 96)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    LlavaProcessor(
-        image_processor=CLIPImageProcessor(
-            size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}
-        ),
-        tokenizer=PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer,
-            pad_token="<pad>",
-            unk_token="<unk>",
-            additional_special_tokens=["<image>"],
-        ),
-        patch_size=7,
-        vision_feature_select_strategy="default",
-        image_token="<image>",
-        num_additional_image_tokens=1,
-    ).save_pretrained(directory)
-    llava().save_pretrained(directory)
-
-
 def test_a_checkpoint_with_a_processor(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_llava(tmp_path / "model")
     arguments = ["--model", str(tmp_path / "model"), "--question", "What is it", "--keep", "0.6"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from functools import cache
 from typing import Any
 
 import pytest
@@ -26,6 +25,7 @@ from tests.integrations.tiny_models import (
     VISION_MODELS,
     Row,
     generate,
+    get_model,
     make_inputs,
     row_of,
 )
@@ -37,21 +37,6 @@ BATCHES = {
     "two_images": [TWO_IMAGES],
 }
 DROPPING = HAE(kappa=1.0, alpha=1.0, drop_hidden=True, decode="append")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Any:
-    """Tiny models are faster, and equal from run to run, on one thread."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
-
-
-@cache
-def get_model(name: str) -> Any:
-    """Build each model once."""
-    return MODELS[name]()
 
 
 def logits_of(output: Any) -> Tensor:

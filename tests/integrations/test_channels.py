@@ -7,7 +7,6 @@ import gc
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from typing import Any
 
 import pytest
@@ -28,6 +27,7 @@ from tests.integrations.tiny_models import (
     ONE_IMAGE,
     TWO_IMAGES,
     generate,
+    get_model,
     make_inputs,
 )
 
@@ -40,21 +40,6 @@ POLICIES = {
     "buckets": ThinK(AdaKV(keep=0.3, window=4, floor=0.0), ratio=0.3, num_recent=4),
     "layers_differ": ThinK(VLCache(keep=0.4), num_recent=2),
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Any:
-    """Tiny models are faster, and equal from run to run, on one thread."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
-
-
-@cache
-def get_model(name: str) -> Any:
-    """Build each model once."""
-    return MODELS[name]()
 
 
 def logits_of(output: Any) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import gc
 import weakref
-from functools import cache
 from typing import Any
 
 import pytest
@@ -27,6 +26,7 @@ from tests.integrations.tiny_models import (
     TWO_IMAGES,
     Row,
     generate,
+    get_model,
     make_inputs,
     row_of,
 )
@@ -54,21 +54,6 @@ POLICIES: dict[str, Any] = {
     "hae_one_list": HAE(kappa=1.0, alpha=1.0, bin_len=4, num_recent=6, scope="mean"),
 }
 NUM_NEW = 14
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Any:
-    """Tiny models are faster, and equal from run to run, on one thread."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
-
-
-@cache
-def get_model(name: str) -> Any:
-    """Build each model once."""
-    return MODELS[name]()
 
 
 def watched(policy: Any) -> tuple[Any, list[list[Tensor]]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from functools import cache
 from typing import Any
 
 import pytest
@@ -18,10 +17,10 @@ from kvevict.slots import Slots
 from tests.integrations.test_decoding import converse
 from tests.integrations.tiny_models import (
     LONG_ROW,
-    MODELS,
     ONE_IMAGE,
     TWO_IMAGES,
     generate,
+    get_model,
     make_inputs,
     row_of,
 )
@@ -34,12 +33,6 @@ POLICIES: dict[str, Any] = {
     "look_m": LookM(keep=0.4),
     "zsmerge": ZSMerge(keep=0.4, num_residual=2),
 }
-
-
-@cache
-def get_model(name: str) -> Any:
-    """Build each model once."""
-    return MODELS[name]()
 
 
 def test_a_key_of_weight_n_is_n_keys() -> None:

@@ -7,7 +7,6 @@ import gc
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import pytest
@@ -22,13 +21,13 @@ from kvevict.slots import BUCKET_WASTE
 from tests.integrations.masked_reference import kept_mask, masked_reference
 from tests.integrations.tiny_models import (
     LONG_ROW,
-    MODELS,
     NUM_LAYERS,
     ONE_IMAGE,
     TEXT_CONFIG,
     TWO_IMAGES,
     VISION_MODELS,
     generate,
+    get_model,
     make_inputs,
 )
 
@@ -50,21 +49,6 @@ class Lopsided(SnapKV):
 
 
 LOPSIDED = Lopsided(keep=0.5, window=3, num_sink=1)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Any:
-    """Tiny models are faster, and equal from run to run, on one thread."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
-
-
-@cache
-def get_model(name: str) -> Any:
-    """Build each model once."""
-    return MODELS[name]()
 
 
 def logits_of(output: Any) -> Tensor:

@@ -43,6 +43,7 @@ from tests.integrations.tiny_models import (
     VISION_MODELS,
     Row,
     generate,
+    get_model,
     make_inputs,
     row_of,
 )
@@ -53,17 +54,6 @@ POLICIES: dict[str, PrefillPolicy] = {
     "snapkv": SnapKV(keep=0.3, window=8),
 }
 BATCH = [ONE_IMAGE, TWO_IMAGES, LONG_ROW]
-
-_models: dict[str, Any] = {}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Any:
-    """Tiny models are faster, and equal from run to run, on one thread."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
 
 
 @pytest.fixture(params=MODELS)
@@ -82,13 +72,6 @@ def vision_model(request: pytest.FixtureRequest) -> Any:
 def policy(request: pytest.FixtureRequest) -> PrefillPolicy:
     """Return one of the policies, at a budget that evicts."""
     return POLICIES[request.param]
-
-
-def get_model(name: str) -> Any:
-    """Build each model once."""
-    if name not in _models:
-        _models[name] = MODELS[name]()
-    return _models[name]
 
 
 def logits_of(output: Any) -> Tensor:

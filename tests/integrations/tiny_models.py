@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +166,12 @@ VISION_MODELS: dict[str, Callable[[], Any]] = {
     "qwen3_vl": qwen3_vl,
 }
 MODELS: dict[str, Callable[[], Any]] = {**VISION_MODELS, "llama": llama}
+
+
+@cache
+def get_model(name: str) -> Any:
+    """Build each model once."""
+    return MODELS[name]()
 
 
 def make_inputs(model: Any, rows: list[Row], seed: int = 0) -> dict[str, Tensor]:
