@@ -88,9 +88,9 @@ class Recipe:
 
 RECIPES = {
     "h": Recipe(),
-    "q": Recipe(alignment_steps=400),
+    "q": Recipe(alignment_steps=700, whole_steps=600),
     "long": Recipe(),
-    "xl": Recipe(alignment_steps=400),
+    "xl": Recipe(alignment_steps=700, whole_steps=600),
 }
 
 
