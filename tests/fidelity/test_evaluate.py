@@ -82,6 +82,15 @@ def test_the_needed_tokens_are_enough() -> None:
     assert exact_match(lambda keep, b: Oracle(keep=keep, needed=b.needed)) >= full() - 0.02
 
 
+def test_forcing_the_first_token_repairs_a_window() -> None:
+    question = {"keep": 0.2, "window": 4, "pool_kernel": 1}
+    without, forced = (
+        exact_match(policies.get("snapkv", num_sink=count, **question)) for count in (0, 1)
+    )
+    assert without < forced
+    assert forced >= full() - 0.01
+
+
 # Who agrees
 
 
@@ -152,7 +161,9 @@ def test_the_command_writes_tables_and_a_plot(tmp_path: Path) -> None:
     budgets = ["--budgets", ".1,1", "--n", "4", "--out", str(tmp_path)]
     methods = ["--methods", "snapkv,snapkv/window=4/pool_kernel=1"]
     assert evaluate.main(["--checkpoint", folder, folder, *methods, *budgets]) == 0
-    rows = json.loads((tmp_path / "fidelity.json").read_text())["rows"]
+    result = json.loads((tmp_path / "fidelity.json").read_text())
+    assert result["command"].startswith("python -m bench.fidelity.evaluate --checkpoint ")
+    rows = result["rows"]
     assert len(rows) == 2 * (3 + 3 * 2 + 2 * 2)
     whole = [row for row in rows if row["budget"] == 1.0]
     assert {row["kept"] for row in whole} == {1.0}
