@@ -19,7 +19,7 @@ pytest.importorskip("transformers")
 from bench.fidelity import evaluate
 from bench.fidelity.controls import Oracle, RandomVision, Without
 from bench.fidelity.evaluate import Method, ask, kept_mask, measure, parse_method, wilson
-from bench.fidelity.questions import BATCH, Batch, Task, load_mosaics, score_words
+from bench.fidelity.questions import Batch, Task, load_mosaics, score_words
 from kvevict import policies
 from kvevict.policies import IMAGE, TEXT, Prompt
 from tests.fidelity.checkpoints import CHECKPOINTS, FOLDERS
@@ -35,7 +35,7 @@ DECODE_FIELDS: dict[str, dict[str, Any]] = {
 
 @cache
 def task() -> Task:
-    return load_mosaics(CHECKPOINTS / "h-0", "test", 2 * BATCH, torch.device("cpu"))
+    return load_mosaics(CHECKPOINTS / "h-0", "test", 96, torch.device("cpu"))
 
 
 def exact_match(policy: Any) -> float:
