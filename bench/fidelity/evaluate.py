@@ -19,6 +19,7 @@ import ast
 import dataclasses
 import json
 import math
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -271,6 +272,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, and write tables and plots; return the exit status."""
     args = parse_args(argv)
+    command = shlex.join(["python", "-m", "bench.fidelity.evaluate", *(argv or sys.argv[1:])])
     device = choose_device(args.device)
     if args.model is not None:
         loaders = [
@@ -289,7 +291,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             draw_kept(task, args.methods, budget, args.out / "kept.png")
         for row in measure_all(task, args.methods, args.budgets):
             rows.append(row)
-            result = {"command": sys.argv, "rows": [dataclasses.asdict(row) for row in rows]}
+            result = {"command": command, "rows": [dataclasses.asdict(row) for row in rows]}
             (args.out / "fidelity.json").write_text(json.dumps(result, indent=1) + "\n")
     markdown = to_markdown(rows)
     (args.out / "fidelity.md").write_text(markdown)

@@ -19,7 +19,7 @@ pytest.importorskip("transformers")
 from bench.fidelity import evaluate
 from bench.fidelity.controls import Oracle, RandomVision, Without
 from bench.fidelity.evaluate import Method, ask, kept_mask, measure, parse_method, wilson
-from bench.fidelity.questions import BATCH, Batch, Task, load_mosaics, score_words
+from bench.fidelity.questions import Batch, Task, load_mosaics, score_words
 from kvevict import policies
 from kvevict.policies import IMAGE, TEXT, Prompt
 from tests.fidelity.checkpoints import CHECKPOINTS, FOLDERS
@@ -36,7 +36,7 @@ DECODE_FIELDS: dict[str, dict[str, Any]] = {
 
 @cache
 def task() -> Task:
-    return load_mosaics(CHECKPOINTS / "h-0", "test", 2 * BATCH, torch.device("cpu"))
+    return load_mosaics(CHECKPOINTS / "h-0", "test", 96, torch.device("cpu"))
 
 
 def exact_match(policy: Any) -> float:
@@ -81,6 +81,15 @@ def test_random_tokens_do_not_answer(per_head: bool) -> None:
 
 def test_the_needed_tokens_are_enough() -> None:
     assert exact_match(lambda keep, b: Oracle(keep=keep, needed=b.needed)) >= full() - 0.02
+
+
+def test_forcing_the_first_token_repairs_a_window() -> None:
+    question = {"keep": 0.2, "window": 4, "pool_kernel": 1}
+    without, forced = (
+        exact_match(policies.get("snapkv", num_sink=count, **question)) for count in (0, 1)
+    )
+    assert without < forced
+    assert forced >= full() - 0.01
 
 
 # Who agrees
@@ -159,7 +168,9 @@ def test_the_command_writes_tables_and_a_plot(tmp_path: Path) -> None:
     budgets = ["--budgets", ".1,1", "--n", "4", "--out", str(tmp_path)]
     methods = ["--methods", "snapkv,snapkv/window=4/pool_kernel=1"]
     assert evaluate.main(["--checkpoint", folder, folder, *methods, *budgets]) == 0
-    rows = json.loads((tmp_path / "fidelity.json").read_text())["rows"]
+    result = json.loads((tmp_path / "fidelity.json").read_text())
+    assert result["command"].startswith("python -m bench.fidelity.evaluate --checkpoint ")
+    rows = result["rows"]
     assert len(rows) == 2 * (3 + 3 * 2 + 2 * 2)
     whole = [row for row in rows if row["budget"] == 1.0]
     assert {row["kept"] for row in whole} == {1.0}
