@@ -41,6 +41,7 @@ from kvevict import policies
 from kvevict.demo import picture_of
 from kvevict.integrations.transformers import EvictionReport
 from kvevict.plotting import plot_comparison
+from kvevict.policies._lists import in_list
 
 Z_95 = 1.959964
 PICTURE_BUDGET = 0.1
@@ -135,13 +136,6 @@ def ask(model: Any, batch: Batch, policy: Any) -> tuple[Tensor, EvictionReport |
     return output[:, prompt_len:], eviction.report
 
 
-def kept_mask(kept_indices: Tensor, prompt_len: int) -> Tensor:
-    """Turn index lists padded with -1 [..., k] into masks [..., prompt_len]."""
-    mask = kept_indices.new_zeros(*kept_indices.shape[:-1], prompt_len + 1, dtype=torch.bool)
-    mask.scatter_(-1, kept_indices.where(kept_indices >= 0, prompt_len).long(), True)
-    return mask[..., :prompt_len]
-
-
 def measure(task: Task, method: Method, budget: float) -> Tally:
     """Ask all questions of a task."""
     tally = Tally()
@@ -198,7 +192,7 @@ def recall(kept_indices: Tensor, needed: Tensor) -> Tensor:
         kept_indices: [batch_size, num_lists, k].
         needed: [batch_size, prompt_len] bool.
     """
-    kept = kept_mask(kept_indices, needed.shape[1]) & needed[:, None]
+    kept = in_list(kept_indices, needed.shape[1]) & needed[:, None]
     return kept.sum(2).double().mean(1) / needed.sum(1)
 
 

@@ -128,7 +128,7 @@ def _think(
         fields["keep"] = keep
     if host is None and not fields:
         return ThinK(**own)
-    hosts = sorted(_POLICIES.keys() - _WITHOUT_KEEP - _MERGING - {"think"})
+    hosts = [name for name in list(with_keep=True) if name != "think" and not _merges(name)]
     if host is not None and host not in hosts:
         raise ValueError(
             f"kvevict.policies.get: host of think must be one of {hosts}, got {host!r}"
@@ -166,9 +166,13 @@ _POLICIES: dict[str, Callable[..., PrefillPolicy | LayerPolicy]] = {
 }
 
 
-_MERGING = frozenset({"d2o", "keepkv", "lightkv_cache", "look_m", "zsmerge"})
 # These have no budget: what they leave depends on the prompt alone.
 _WITHOUT_KEEP = frozenset({"lightkv"})
+
+
+def _merges(name: str) -> bool:
+    build = _POLICIES[name]
+    return isinstance(build, type) and issubclass(build, MergingPolicy)
 
 
 def list(*, with_keep: bool = False) -> builtins.list[str]:

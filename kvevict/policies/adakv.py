@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kvevict import ops
+from kvevict.policies._lists import in_list
 from kvevict.policies._shares import floor_share
 from kvevict.policies.base import LayerScores, select_ranked
 from kvevict.policies.snapkv import SnapKV
@@ -72,9 +73,7 @@ def _best_of_each(scores: Tensor, priority: Tensor, count: Tensor) -> Tensor:
     """Mark the best `count` [batch_size] keys of every head [batch_size, num_heads, kv_len]."""
     kv_len = scores.shape[2]
     kept_indices, _ = select_ranked(scores, priority, count, kv_len)
-    place = kept_indices.where(kept_indices >= 0, kv_len).long()
-    marked = torch.zeros(*scores.shape[:2], kv_len + 1, dtype=torch.bool, device=scores.device)
-    return marked.scatter_(2, place, True)[..., :kv_len]
+    return in_list(kept_indices, kv_len)
 
 
 def _count_winners(scores: Tensor, classes: Tensor, tokens: Tensor) -> Tensor:

@@ -122,6 +122,11 @@ class Prompt:
         """Whether there is such a sequence (reading it synchronizes with the device, once)."""
         return bool(self.lacks_trailing_text.any())
 
+    def trailing_rows(self) -> Tensor:
+        """Return the rows of `trailing_text`, all real ones of a sequence that has none."""
+        has_text = self.trailing_text.any(1, keepdim=True)
+        return self.rows_of(self.trailing_text.where(has_text, self.valid))
+
     def last_rows(self, count: int) -> Tensor:
         """Return the rows of the last `count` real keys, as `rows_of` does."""
         return self.rows_of(self.valid & (self.rank_from_end < count))

@@ -14,7 +14,7 @@ from kvevict import ops
 from kvevict.ops.enums import HeadReduction
 from kvevict.policies._shares import fill, floor_share, keep_whole
 from kvevict.policies.base import LayerScores, Policy, Prompt, Selection
-from kvevict.policies.decode import Victims, accumulate, evictable, limit_lists, lowest
+from kvevict.policies.decode import Victims, evictable, lowest
 from kvevict.policies.limit import DecodeLimit, fitting, share_of, smaller
 from kvevict.policies.merging import (
     Merged,
@@ -168,34 +168,22 @@ class D2O(DecodeLimit, Policy):
     # While decoding
 
     def begin_decoding(self, layers: Sequence[Slots], scores: Sequence[LayerScores]) -> None:
-        """Set the limit of every list to what is left, or to `keep` where nothing was evicted."""
-        limits = [slots.lens for slots in layers]
-        if isinstance(self.keep, Integral):
-            keep = int(self.keep)
-            is_short = [
-                layer.prompt.totals.view(len(n), -1) <= keep
-                for n, layer in zip(limits, scores, strict=True)
-            ]
-            limits = [
-                n.where(~short, n.clamp(min=keep))
-                for n, short in zip(limits, is_short, strict=True)
-            ]
-        for slots, layer, limit in zip(layers, scores, limit_lists(layers, limits), strict=True):
+        """Set the limits, and remember the thresholds."""
+        super().begin_decoding(layers, scores)
+        for slots, layer in zip(layers, scores, strict=True):
             threshold = torch.full_like(slots.scores[..., 0], torch.nan)
             if isinstance(layer, ThresholdScores):
                 threshold = layer.threshold.view_as(threshold)
-            slots.memory.update(limit=limit, threshold=threshold)
+            slots.memory["threshold"] = threshold
 
-    def observe_step(
-        self,
-        slots: Slots,
-        query: Tensor,
-        *,
-        key_mask: Tensor | None = None,
-        sm_scale: float | None = None,
-    ) -> None:
-        """Add the attention of the newest rows to the scores."""
-        accumulate(slots, query, key_mask=key_mask, sm_scale=sm_scale)
+    def limits(self, layers: Sequence[Slots], scores: Sequence[LayerScores]) -> list[Tensor]:
+        """Return what is left, or `keep` where nothing was evicted: layers differ otherwise."""
+        limits = super().limits(layers, scores)
+        if isinstance(self.keep, Integral):
+            for i, (slots, layer) in enumerate(zip(layers, scores, strict=True)):
+                was_cut = layer.prompt.totals.view(len(limits[i]), -1) > self.keep
+                limits[i] = slots.lens.where(was_cut, limits[i])
+        return limits
 
     def choose_victims(
         self, slots: Slots, limit: int | Tensor, count: int | Tensor, most: int

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kvevict.policies._shares import floor_share
 from kvevict.policies.base import LayerScores, Policy, Prompt
-from kvevict.policies.decode import Victims, accumulate, evictable, lowest
+from kvevict.policies.decode import Victims, evictable, lowest
 from kvevict.policies.limit import DecodeLimit, fitting, share_of
 from kvevict.priority import build_priority
 
@@ -79,17 +79,6 @@ class H2O(DecodeLimit, Policy):
         num_recent = floor_share(budget, self.recent_share)
         num_sink = (budget - num_recent).clamp(max=self.num_sink)
         return build_priority(prompt.valid, num_sink=num_sink, num_recent=num_recent)
-
-    def observe_step(
-        self,
-        slots: Slots,
-        query: Tensor,
-        *,
-        key_mask: Tensor | None = None,
-        sm_scale: float | None = None,
-    ) -> None:
-        """Add the attention of the newest rows to the scores."""
-        accumulate(slots, query, key_mask=key_mask, sm_scale=sm_scale)
 
     def choose_victims(
         self, slots: Slots, limit: int | Tensor, count: int | Tensor, most: int

@@ -124,8 +124,7 @@ class HAE(Policy):
 
     def row_index(self, prompt: Prompt) -> Tensor:
         """Return the text rows after the last vision token, all rows where there are none."""
-        has_text = prompt.trailing_text.any(1, keepdim=True)
-        return prompt.rows_of(prompt.trailing_text.where(has_text, prompt.valid))
+        return prompt.trailing_rows()
 
     def observe(
         self,

@@ -14,14 +14,16 @@ from kvevict import ops
 from kvevict.policies._lists import at
 from kvevict.policies._weighted import decayed, score_prompt
 from kvevict.policies.base import LayerScores, Policy, Prompt, Selection
-from kvevict.policies.decode import Victims, accumulate, evictable, lowest
+from kvevict.policies.decode import Victims, evictable, lowest
 from kvevict.policies.limit import DecodeLimit, fitting, smaller
 from kvevict.policies.merging import (
     Merged,
+    key_weights,
     match_evicted,
     match_victims,
     others_than,
     sum_groups,
+    weigh_slots,
 )
 
 if TYPE_CHECKING:
@@ -136,9 +138,8 @@ class KeepKV(DecodeLimit, Policy):
         assert isinstance(layer, QueryScores)
         sources, match, similarity = match_evicted(key, selection, layer.prompt)
         match = match.where(similarity >= self.similarity, -1)
-        votes = layer.prompt.key_weight
-        votes = torch.ones_like(layer.scores) if votes is None else votes
-        return Merged(layer, merge_exactly(key, value, votes, layer.query, sources, match))
+        votes = merge_exactly(key, value, key_weights(layer), layer.query, sources, match)
+        return Merged(layer, votes)
 
     # While decoding
 
@@ -148,8 +149,7 @@ class KeepKV(DecodeLimit, Policy):
         for slots, layer in zip(layers, scores, strict=True):
             assert isinstance(layer, QueryScores)
             slots.memory["query"] = layer.query.view(*slots.keys.shape[:2], -1)
-            if slots.key_weight is None:
-                slots.weigh(torch.ones_like(slots.scores))
+            weigh_slots(slots)
 
     def observe_step(
         self,
@@ -160,7 +160,7 @@ class KeepKV(DecodeLimit, Policy):
         sm_scale: float | None = None,
     ) -> None:
         """Let the averages go on."""
-        accumulate(slots, query, decay=self.decay, key_mask=key_mask, sm_scale=sm_scale)
+        super().observe_step(slots, query, key_mask=key_mask, sm_scale=sm_scale)
         batch_size, num_kv_heads = slots.keys.shape[:2]
         num_qo_heads, qo_len, head_dim = query.shape[1:]
         scale = head_dim**-0.5 if sm_scale is None else sm_scale

@@ -72,8 +72,7 @@ class LightKVCache(Policy):
 
     def row_index(self, prompt: Prompt) -> Tensor:
         """Return the text rows after the last vision token, or all rows where there are none."""
-        trailing = prompt.trailing_text
-        return prompt.rows_of(trailing.where(trailing.any(1, keepdim=True), prompt.valid))
+        return prompt.trailing_rows()
 
     def observe(
         self,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kvevict.policies._shares import floor_share
 from kvevict.policies.base import LayerScores
-from kvevict.policies.decode import Victims, limit_lists, over_limit
+from kvevict.policies.decode import Victims, accumulate, limit_lists, over_limit
 
 if TYPE_CHECKING:
     from kvevict.slots import Slots
@@ -22,12 +22,13 @@ class DecodeLimit:
     A ratio `keep` refers to the prompt: lists stay as long as they are after it. A number of tokens
     may be reached later, if the prompt was shorter. Without a `keep` below 1 nothing is evicted.
 
-    Mix it into a `kvevict.policies.Policy` that has the field `decode`.
+    Mix it into a `kvevict.policies.Policy` that has the field `decode`, and `decay` if sums decay.
     """
 
     keep: float | int | None
     num_sink: int
     decode: Literal["evict", "append"]
+    decay: float = 1.0
 
     @property
     def evicts_while_decoding(self) -> bool:
@@ -36,12 +37,28 @@ class DecodeLimit:
         return limits and self.decode == "evict"
 
     def begin_decoding(self, layers: Sequence[Slots], scores: Sequence[LayerScores]) -> None:
-        """Set the limit of every list to what the prompt's eviction left, or to `keep`."""
+        """Set the limit of every list."""
+        limits = self.limits(layers, scores)
+        for slots, limit in zip(layers, limit_lists(layers, limits), strict=True):
+            slots.memory["limit"] = limit
+
+    def limits(self, layers: Sequence[Slots], scores: Sequence[LayerScores]) -> list[Tensor]:
+        """Return what the prompt's eviction left, or `keep`, per layer [batch_size, num_lists]."""
         limits = [slots.lens for slots in layers]
         if isinstance(self.keep, Integral):
             limits = [limit.clamp(min=int(self.keep)) for limit in limits]
-        for slots, limit in zip(layers, limit_lists(layers, limits), strict=True):
-            slots.memory["limit"] = limit
+        return limits
+
+    def observe_step(
+        self,
+        slots: Slots,
+        query: Tensor,
+        *,
+        key_mask: Tensor | None = None,
+        sm_scale: float | None = None,
+    ) -> None:
+        """Let the scores decay and add the attention of the newest rows."""
+        accumulate(slots, query, decay=self.decay, key_mask=key_mask, sm_scale=sm_scale)
 
     def evict_step(self, layers: Sequence[Slots]) -> list[Victims | None]:
         """Return the keys beyond the limit, those that `choose_victims` prefers."""

@@ -99,6 +99,18 @@ def _kept(weights: Tensor, selection: Selection) -> Tensor:
     return kept[..., 0]
 
 
+def key_weights(layer: LayerScores) -> Tensor:
+    """Return how many tokens each key counts for, like the scores; 1 unless some were merged."""
+    weights = layer.prompt.key_weight
+    return torch.ones_like(layer.scores) if weights is None else weights
+
+
+def weigh_slots(slots: Slots) -> None:
+    """Let every stored key count for a token, where none has a weight."""
+    if slots.key_weight is None:
+        slots.weigh(torch.ones_like(slots.scores))
+
+
 def match_evicted(
     key: Tensor, selection: Selection, prompt: Prompt
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -15,9 +15,9 @@ from kvevict.policies._lists import in_list, part_of
 from kvevict.policies._shares import floor_share
 from kvevict.policies._weighted import decayed, score_prompt
 from kvevict.policies.base import LayerScores, Policy, Prompt, Selection, select_ranked
-from kvevict.policies.decode import Victims, accumulate, evictable, lowest
+from kvevict.policies.decode import Victims, evictable, lowest
 from kvevict.policies.limit import DecodeLimit, fitting, share_of, smaller
-from kvevict.policies.merging import Merged, match_victims, sum_groups
+from kvevict.policies.merging import Merged, key_weights, match_victims, sum_groups, weigh_slots
 
 if TYPE_CHECKING:
     from kvevict.slots import Slots
@@ -114,9 +114,7 @@ class ZSMerge(DecodeLimit, Policy):
         first = place.where(is_first, -1).cummax(2).values
         goes = is_left & ~is_first
         sources, match = (index.where(goes, -1).int() for index in (place, first))
-        weight = layer.prompt.key_weight
-        if weight is None:
-            weight = torch.ones_like(layer.scores)
+        weight = key_weights(layer)
         ops.merge_tokens_([key, value], sources, match, weight.contiguous())
         scores = layer.scores.masked_fill(is_first, torch.inf)
         weights = sum_groups(weight[..., None], sources, match)[..., 0]
@@ -128,8 +126,7 @@ class ZSMerge(DecodeLimit, Policy):
         """Set the limits; every list gets residual slots, which are those of the score inf."""
         super().begin_decoding(layers, scores)
         for slots in layers:
-            if slots.key_weight is None:
-                slots.weigh(torch.ones_like(slots.scores))
+            weigh_slots(slots)
             limit = slots.memory["limit"]
             assert not isinstance(limit, float)
             num_residual, num_sink, num_recent = self._parts(limit)
@@ -143,17 +140,6 @@ class ZSMerge(DecodeLimit, Policy):
                 -slots.scores, self.num_residual, row_k=row_k.int(), priority=classes
             )
             slots.scores.masked_fill_(in_list(lowest_slots, slots.stored), torch.inf)
-
-    def observe_step(
-        self,
-        slots: Slots,
-        query: Tensor,
-        *,
-        key_mask: Tensor | None = None,
-        sm_scale: float | None = None,
-    ) -> None:
-        """Let the scores decay and add the attention of the newest rows."""
-        accumulate(slots, query, decay=self.decay, key_mask=key_mask, sm_scale=sm_scale)
 
     def choose_victims(
         self, slots: Slots, limit: int | Tensor, count: int | Tensor, most: int

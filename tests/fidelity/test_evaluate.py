@@ -18,12 +18,12 @@ pytest.importorskip("transformers")
 
 from bench.fidelity import evaluate
 from bench.fidelity.controls import Oracle, RandomVision, Without
-from bench.fidelity.evaluate import Method, ask, kept_mask, measure, parse_method, wilson
+from bench.fidelity.evaluate import Method, ask, measure, parse_method, wilson
 from bench.fidelity.questions import Batch, Task, load_mosaics, score_words
 from kvevict import policies
 from kvevict.policies import IMAGE, TEXT, Prompt
 from tests.fidelity.checkpoints import CHECKPOINTS, FOLDERS
-from tests.integrations.masked_reference import masked_reference
+from tests.integrations.masked_reference import kept_mask, masked_reference
 from tests.integrations.tiny_models import save_llava
 from tests.policies.oracles import Sequence, keep_by_oracle
 
