@@ -28,6 +28,9 @@ COLUMN, POSITION, MODALITY = 0, 1, 2
 """What a slot's tag says: the column of the (padded) conversation, -1 = the slot is empty; how many
 real tokens of the sequence came before; the code of `kvevict.policies.Prompt`."""
 
+OF_NEW = {"score": 0.0, "weight": 1.0}
+"""Numbers that may be kept with every slot, and what they are of a new key."""
+
 BUCKET_WASTE = 1.25
 """Slots per kept token that a layer may take; beyond that its lists are put into buckets."""
 
@@ -76,8 +79,7 @@ class Slots:
             has_empty: as the attribute.
         """
         self._keys, self._values, self._tags = keys, values, tags
-        self._scores: Tensor | None = None
-        self._weights: Tensor | None = None
+        self._numbers: dict[str, Tensor] = {}  # By name in OF_NEW, shaped like the tags.
         self._num_tagged = keys.shape[2]
         self._has_holes = False  # Left by lists that dropped fewer keys than others did.
         self.stored = keys.shape[2]
@@ -120,8 +122,8 @@ class Slots:
     @property
     def scores(self) -> Tensor:
         """[batch_size, num_lists, stored] float32, a decode policy's own; 0 for a new key."""
-        assert self._scores is not None, "call track first"
-        return self._scores[:, :, : self.stored, 0]
+        assert "score" in self._numbers, "call track first"
+        return self._numbers["score"][:, :, : self.stored, 0]
 
     @property
     def key_weight(self) -> Tensor | None:
@@ -129,7 +131,8 @@ class Slots:
 
         1 for a new key; None = one each.
         """
-        return None if self._weights is None else self._weights[:, :, : self.stored, 0]
+        weights = self._numbers.get("weight")
+        return None if weights is None else weights[:, :, : self.stored, 0]
 
     @property
     def live(self) -> Tensor | None:
@@ -154,7 +157,7 @@ class Slots:
     @property
     def num_bookkeeping_bytes(self) -> int:
         """Bytes of the tags, scores and weights."""
-        tensors = [t for t in (self._tags, self._scores, self._weights) if t is not None]
+        tensors = (self._tags, *self._numbers.values())
         return sum(t.untyped_storage().nbytes() for t in tensors)
 
     def track(self, scores: Tensor) -> None:
@@ -164,7 +167,7 @@ class Slots:
             scores: [batch_size, 1 | num_kv_heads, stored] float32, of the keys stored now. Scores
                 per KV head of keys that share a list make it a list per KV head.
         """
-        self._scores = self._block_of(scores, 0)
+        self._keep_number("score", scores)
 
     def weigh(self, key_weight: Tensor) -> None:
         """Let keys count for several tokens in attention; moved and dropped with them.
@@ -173,21 +176,16 @@ class Slots:
             key_weight: [batch_size, 1 | num_kv_heads, stored] float32, positive where a slot holds
                 a key, of the keys stored now. Lists as in `track`.
         """
-        self._weights = self._block_of(key_weight, 1)
+        self._keep_number("weight", key_weight)
 
-    def _block_of(self, numbers: Tensor, of_new: float) -> Tensor:
-        """Return a block with a number per slot, `of_new` behind the given ones."""
+    def _keep_number(self, name: str, given: Tensor) -> None:
         batch_size, num_lists, capacity, _ = self._tags.shape
-        if numbers.shape[1] > num_lists:
-            num_lists = numbers.shape[1]
-            self._tags = self._tags.expand(-1, num_lists, -1, -1).contiguous()
-            if self._scores is not None:
-                self._scores = self._scores.expand(-1, num_lists, -1, -1).contiguous()
-            if self._weights is not None:
-                self._weights = self._weights.expand(-1, num_lists, -1, -1).contiguous()
-        block = numbers.new_full((batch_size, num_lists, capacity, 1), of_new)
-        block[:, :, : self.stored, 0] = numbers
-        return block
+        if given.shape[1] > num_lists:
+            num_lists = given.shape[1]
+            self._each_kept(lambda block: block.expand(-1, num_lists, -1, -1).contiguous())
+        block = given.new_full((batch_size, num_lists, capacity, 1), OF_NEW[name])
+        block[:, :, : self.stored, 0] = given
+        self._numbers[name] = block
 
     # Appending
 
@@ -237,11 +235,12 @@ class Slots:
     def _each(self, change: Callable[[Tensor], Tensor]) -> None:
         """Replace every block; the slots are its dimension 2."""
         self._keys, self._values = change(self._keys), change(self._values)
+        self._each_kept(change)
+
+    def _each_kept(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Replace what is kept beside keys and values."""
         self._tags = change(self._tags)
-        if self._scores is not None:
-            self._scores = change(self._scores)
-        if self._weights is not None:
-            self._weights = change(self._weights)
+        self._numbers = {name: change(block) for name, block in self._numbers.items()}
 
     def _tag(self, end: int) -> None:
         """Write what the slots from `stored` on will hold: the columns to come, one by one."""
@@ -251,10 +250,8 @@ class Slots:
         self._tags[:, :, begin:end, COLUMN] = column
         self._tags[:, :, begin:end, POSITION] = column - self.padding_lens[:, None, None]
         self._tags[:, :, begin:end, MODALITY] = 0
-        if self._scores is not None:
-            self._scores[:, :, begin:end] = 0
-        if self._weights is not None:
-            self._weights[:, :, begin:end] = 1
+        for name, block in self._numbers.items():
+            block[:, :, begin:end] = OF_NEW[name]
         self._num_tagged = end
 
     def note_turn(self, modality: Tensor, mask: Tensor | None) -> None:
@@ -375,7 +372,7 @@ class Slots:
             ValueError: if some of them came before the last eviction, or a decode policy has seen
                 them.
         """
-        later = 0 if self._scores is not None else self.stored - self.num_kept
+        later = 0 if "score" in self._numbers else self.stored - self.num_kept
         if num_tokens > later:
             raise ValueError(
                 f"kvevict: only the {later} tokens that came after the eviction can be taken "
@@ -410,31 +407,32 @@ def evict_layers(layers: Sequence[Slots], victims: Sequence[Victims | None]) -> 
     """Drop keys of several layers; the newest keys move into the holes.
 
     O(number of dropped keys). Slots lose their order. Layers that are equally long and drop equally
-    many keys share two launches: one moves keys and values, one what is known about them.
+    many keys share two launches: one moves keys and values, one what is known about them (a third
+    one if there is a weight and a score of each).
 
     Args:
         layers: one block per layer.
         victims: per layer, None = nothing. Where `evicted_lens` is None the slots at the end are
             free again, else they stay in use as holes.
     """
-    groups: dict[tuple[int, ...], list[int]] = {}
+    groups: dict[tuple[object, ...], list[int]] = {}
     for i, (layer, own) in enumerate(zip(layers, victims, strict=True)):
         if own is not None and own.slots.shape[-1] > 0:
-            is_weighted = layer.key_weight is not None
-            shape = (*own.slots.shape, *layer._keys.shape[:2], layer.stored, is_weighted)
-            groups.setdefault(shape, []).append(i)
+            shape = (*own.slots.shape, *layer._keys.shape[:2], layer.stored)
+            groups.setdefault((shape, *layer._numbers), []).append(i)
     for members in groups.values():
         blocks = [layers[i] for i in members]
         chosen = [own for i in members if (own := victims[i]) is not None]
         index = torch.stack([own.slots for own in chosen])
         lens = torch.full_like(index[0, :, :, 0], blocks[0].stored)
         ops.evict_slots_([b._keys for b in blocks], [b._values for b in blocks], index, lens)
-        # Without scores, rows of no width.
-        scores = [b._tags[..., :0] if b._scores is None else b._scores for b in blocks]
-        ops.evict_slots_([b._tags for b in blocks], scores, index, lens)
-        weights = [b._weights for b in blocks if b._weights is not None]
-        if weights:
-            ops.evict_slots_(weights, [w[..., :0] for w in weights], index, lens)
+        # Two kinds of rows at a time; of an odd one out the other has no width.
+        kinds = [[b._tags for b in blocks]]
+        kinds += [[b._numbers[name] for b in blocks] for name in blocks[0]._numbers]
+        for first in range(0, len(kinds), 2):
+            rows = kinds[first]
+            others = kinds[first + 1] if first + 1 < len(kinds) else [r[..., :0] for r in rows]
+            ops.evict_slots_(rows, others, index, lens)
         for block, own in zip(blocks, chosen, strict=True):
             block._forget(min(own.slots.shape[-1], block.stored), own.evicted_lens)
 
@@ -728,8 +726,8 @@ def _selected(old: Slots, selection: Selection, keys: Tensor, values: Tensor) ->
         padding_lens=old.padding_lens,
         has_empty=selection.ragged,
     )
-    if old._scores is not None:
-        new.track(_selected_rows(old._scores, selection)[..., 0])
+    if "score" in old._numbers:
+        new.track(_selected_rows(old._numbers["score"], selection)[..., 0])
     weights = _selected_weights(old, selection)
     if weights is not None:
         new.weigh(weights)
@@ -740,7 +738,8 @@ def _selected_weights(old: Slots, selection: Selection) -> Tensor | None:
     """Return the weights of the kept keys [batch_size, num_lists, k], None = one each."""
     if selection.key_weight is not None:
         return selection.key_weight
-    return None if old._weights is None else _selected_rows(old._weights, selection)[..., 0]
+    weights = old._numbers.get("weight")
+    return None if weights is None else _selected_rows(weights, selection)[..., 0]
 
 
 def _selected_rows(rows: Tensor, selection: Selection) -> Tensor:
