@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Rows of a tensor in registers: 16 bytes at a time, as they are stored or as floats.
+// Rows of a tensor in registers, 16 bytes at a time: as they are stored, as floats, and back.
 #pragma once
 
 #include "core/dtype.h"
@@ -27,6 +27,58 @@ __device__ __forceinline__ uint4 read_chunk(const char* row, int chunk, int row_
                     halves[4] | halves[5] << 16, halves[6] | halves[7] << 16);
 }
 
+// Elements as they are stored, 16 bytes of them or a single one, to floats.
+template <DType dtype>
+__device__ __forceinline__ void unpack(const uint4& words, float* elements) {
+  const uint32_t each[] = {words.x, words.y, words.z, words.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if constexpr (dtype == DType::kFloat32) {
+      elements[i] = __uint_as_float(each[i]);
+    } else if constexpr (dtype == DType::kBFloat16) {
+      elements[2 * i] = __uint_as_float(each[i] << 16);
+      elements[2 * i + 1] = __uint_as_float(each[i] & 0xFFFF0000u);
+    } else {
+      elements[2 * i] = fp16_to_float(static_cast<uint16_t>(each[i]));
+      elements[2 * i + 1] = fp16_to_float(static_cast<uint16_t>(each[i] >> 16));
+    }
+  }
+}
+template <DType dtype>
+__device__ __forceinline__ void unpack(uint32_t word, float* element) {
+  *element = __uint_as_float(word);
+}
+template <DType dtype>
+__device__ __forceinline__ void unpack(uint16_t word, float* element) {
+  *element =
+      dtype == DType::kBFloat16 ? __uint_as_float(uint32_t{word} << 16) : fp16_to_float(word);
+}
+
+// Floats to elements as they are stored.
+template <DType dtype>
+__device__ __forceinline__ uint32_t pack_pair(float low, float high) {
+  return dtype == DType::kBFloat16 ? pack_bf16(low, high) : pack_fp16(low, high);
+}
+template <DType dtype>
+__device__ __forceinline__ void pack(const float* elements, uint4& words) {
+  if constexpr (dtype == DType::kFloat32) {
+    words = {__float_as_uint(elements[0]), __float_as_uint(elements[1]),
+             __float_as_uint(elements[2]), __float_as_uint(elements[3])};
+  } else {
+    words = {pack_pair<dtype>(elements[0], elements[1]), pack_pair<dtype>(elements[2], elements[3]),
+             pack_pair<dtype>(elements[4], elements[5]),
+             pack_pair<dtype>(elements[6], elements[7])};
+  }
+}
+template <DType dtype>
+__device__ __forceinline__ void pack(const float* element, uint32_t& word) {
+  word = __float_as_uint(*element);
+}
+template <DType dtype>
+__device__ __forceinline__ void pack(const float* element, uint16_t& word) {
+  word = static_cast<uint16_t>(pack_pair<dtype>(*element, 0.0f));
+}
+
 // Eight neighboring elements of a row, in the bits in which they are stored.
 template <DType dtype>
 struct EightElements {
@@ -43,21 +95,7 @@ struct EightElements {
 
   __device__ __forceinline__ void to_floats(float (&elements)[8]) const {
 #pragma unroll
-    for (int i = 0; i < kVectors; ++i) {
-      const uint32_t words[4] = {vectors[i].x, vectors[i].y, vectors[i].z, vectors[i].w};
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        if constexpr (dtype == DType::kFloat32) {
-          elements[4 * i + j] = __uint_as_float(words[j]);
-        } else if constexpr (dtype == DType::kBFloat16) {
-          elements[2 * j] = __uint_as_float(words[j] << 16);
-          elements[2 * j + 1] = __uint_as_float(words[j] & 0xFFFF0000u);
-        } else {
-          elements[2 * j] = fp16_to_float(static_cast<uint16_t>(words[j]));
-          elements[2 * j + 1] = fp16_to_float(static_cast<uint16_t>(words[j] >> 16));
-        }
-      }
-    }
+    for (int i = 0; i < kVectors; ++i) unpack<dtype>(vectors[i], elements + i * (8 / kVectors));
   }
 };
 

@@ -350,7 +350,7 @@ MUTATIONS = [
             "chunk * 16 >= row_bytes",
             "chunk * 16 > row_bytes",
         ),
-        ("odd elements keep the even ones' bits", VECTORS, "words[j] & 0xFFFF0000u", "words[j]"),
+        ("odd elements keep the even ones' bits", VECTORS, "each[i] & 0xFFFF0000u", "each[i]"),
         ("rows on any address", VECTORS, "address % 16 == 0 && strides", "strides"),
     ),
     *_of(

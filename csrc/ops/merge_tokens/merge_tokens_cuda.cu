@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // The pairs of a list are sorted by target, a block per list; then a target and its sources stand
 // together, in the order of source_index, and are added up by a few threads in that order.
+#include <type_traits>
+
 #include "cuda/launch.h"
 #include "cuda/reductions.h"
 #include "cuda/vector_loads.h"
@@ -115,33 +117,18 @@ static_assert(sizeof(MergeParams) + sizeof(MergeTensors) <= 4096);
 template <DType dtype>
 __device__ __forceinline__ void store_eight(char* destination, bool aligned,
                                             const float (&elements)[8]) {
-  constexpr int kVectors = EightElements<dtype>::kVectors;
-  uint32_t words[4 * kVectors];
-#pragma unroll
-  for (int i = 0; i < 4 * kVectors; ++i) {
-    if constexpr (dtype == DType::kFloat32) {
-      words[i] = __float_as_uint(elements[i]);
-    } else {
-      const float low = elements[2 * i], high = elements[2 * i + 1];
-      words[i] = dtype == DType::kFloat16 ? pack_fp16(low, high) : pack_bf16(low, high);
-    }
-  }
   if (aligned) {
+    constexpr int kVectors = EightElements<dtype>::kVectors;
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
-      reinterpret_cast<uint4*>(destination)[i] = {words[4 * i], words[4 * i + 1], words[4 * i + 2],
-                                                  words[4 * i + 3]};
+      pack<dtype>(elements + i * (8 / kVectors), reinterpret_cast<uint4*>(destination)[i]);
     }
     return;
   }
+  using Element = std::conditional_t<dtype == DType::kFloat32, uint32_t, uint16_t>;
 #pragma unroll
-  for (int i = 0; i < 4 * kVectors; ++i) {
-    if constexpr (dtype == DType::kFloat32) {
-      reinterpret_cast<uint32_t*>(destination)[i] = words[i];
-    } else {
-      reinterpret_cast<uint16_t*>(destination)[2 * i] = static_cast<uint16_t>(words[i]);
-      reinterpret_cast<uint16_t*>(destination)[2 * i + 1] = static_cast<uint16_t>(words[i] >> 16);
-    }
+  for (int i = 0; i < 8; ++i) {
+    pack<dtype>(elements + i, reinterpret_cast<Element*>(destination)[i]);
   }
 }
 

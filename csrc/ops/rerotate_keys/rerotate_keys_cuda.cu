@@ -4,7 +4,7 @@
 
 #include "core/dispatch.h"
 #include "cuda/launch.h"
-#include "cuda/ptx.h"
+#include "cuda/vector_loads.h"
 #include "ops/rerotate_keys/rerotate_keys.h"
 
 namespace kvevict {
@@ -33,54 +33,6 @@ static_assert(sizeof(LaunchParams) <= 4096);
 template <DType dtype, int kCount>
 using Words = std::conditional_t<kCount != 1, uint4,
                                  std::conditional_t<dtype == DType::kFloat32, uint32_t, uint16_t>>;
-
-template <DType dtype>
-__device__ __forceinline__ void unpack(const uint4& words, float* values) {
-  const uint32_t each[] = {words.x, words.y, words.z, words.w};
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    if constexpr (dtype == DType::kFloat32) {
-      values[i] = __uint_as_float(each[i]);
-    } else if constexpr (dtype == DType::kBFloat16) {
-      values[2 * i] = __uint_as_float(each[i] << 16);
-      values[2 * i + 1] = __uint_as_float(each[i] & 0xFFFF0000u);
-    } else {
-      values[2 * i] = fp16_to_float(static_cast<uint16_t>(each[i]));
-      values[2 * i + 1] = fp16_to_float(static_cast<uint16_t>(each[i] >> 16));
-    }
-  }
-}
-template <DType dtype>
-__device__ __forceinline__ void unpack(uint32_t word, float* value) {
-  *value = __uint_as_float(word);
-}
-template <DType dtype>
-__device__ __forceinline__ void unpack(uint16_t word, float* value) {
-  *value = dtype == DType::kBFloat16 ? __uint_as_float(uint32_t{word} << 16) : fp16_to_float(word);
-}
-
-template <DType dtype>
-__device__ __forceinline__ uint32_t pack_pair(float low, float high) {
-  return dtype == DType::kBFloat16 ? pack_bf16(low, high) : pack_fp16(low, high);
-}
-template <DType dtype>
-__device__ __forceinline__ void pack(const float* values, uint4& words) {
-  if constexpr (dtype == DType::kFloat32) {
-    words = {__float_as_uint(values[0]), __float_as_uint(values[1]), __float_as_uint(values[2]),
-             __float_as_uint(values[3])};
-  } else {
-    words = {pack_pair<dtype>(values[0], values[1]), pack_pair<dtype>(values[2], values[3]),
-             pack_pair<dtype>(values[4], values[5]), pack_pair<dtype>(values[6], values[7])};
-  }
-}
-template <DType dtype>
-__device__ __forceinline__ void pack(const float* value, uint32_t& word) {
-  word = __float_as_uint(*value);
-}
-template <DType dtype>
-__device__ __forceinline__ void pack(const float* value, uint16_t& word) {
-  word = static_cast<uint16_t>(pack_pair<dtype>(*value, 0.0f));
-}
 
 // Turns pairs of channels: those at the same place of both halves, or neighbors.
 template <DType dtype, int kPairs, bool kInterleaved>
