@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 import kvevict
@@ -20,6 +19,7 @@ from kvevict.channels import PackedSlots
 from kvevict.integrations.transformers import EvictedLayer, Eviction
 from kvevict.policies import H2O, TOVA, AdaKV, Prompt, SnapKV, ThinK, VLCache
 from tests.integrations.masked_reference import faded_mask, kept_mask, masked_reference
+from tests.integrations.runs import run_padded_turns
 from tests.integrations.tiny_models import (
     LONG_ROW,
     MODELS,
@@ -97,26 +97,11 @@ def test_a_second_turn_with_padding(name: str) -> None:
     model, policy = get_model("llava"), POLICIES[name]
     inputs = make_inputs(model, BATCH)
     prompt_len = inputs["input_ids"].shape[1]
-    question = torch.randint(10, 90, (3, 8), generator=torch.Generator().manual_seed(1))
-    mask = torch.cat([inputs["attention_mask"], torch.ones(3, 9).long()], 1)
-    mask[1, prompt_len + 1 : prompt_len + 4] = 0
-
-    @torch.no_grad()
-    def run() -> tuple[Tensor, Any]:
-        options: dict[str, Any] = {"past_key_values": DynamicCache(config=model.config)}
-        token = torch.full((3, 1), 20)
-        model(**inputs, **options)
-        model(input_ids=token, attention_mask=mask[:, : prompt_len + 1], **options)
-        first = model(input_ids=question, attention_mask=mask, **options).logits
-        longer = torch.cat([mask, torch.ones(3, 1).long()], 1)
-        second = model(input_ids=token, attention_mask=longer, **options).logits
-        return torch.cat([first[:, -4:], second], 1), options["past_key_values"]
-
     with kvevict.evict(model, policy) as eviction:
-        actual, cached = run()
+        actual, cached = run_padded_turns(model, inputs)
         report = kvevict.report(cached)
     with faded_reference(model, prompt_len, eviction, policy):
-        expected, _ = run()
+        expected, _ = run_padded_turns(model, inputs)
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4)
     new = torch.tensor([10, 7, 10])[:, None]
     for layer, kept in zip(report.layers, eviction.kept, strict=True):

@@ -17,6 +17,7 @@ from kvevict.integrations.transformers import EvictedLayer
 from kvevict.policies import H2O, HAE, TGVKV, SnapKV, StreamingLLM, Victims
 from kvevict.slots import MIN_SLACK, Slots
 from tests.integrations.masked_reference import kept_mask, masked_reference
+from tests.integrations.runs import assert_beams_stand_alone
 from tests.integrations.test_transformers import state_of
 from tests.integrations.tiny_models import (
     LONG_ROW,
@@ -301,19 +302,7 @@ def test_beam_search(policy_name: str) -> None:
     """Beams take their lists, scores and counts along: each as a run of its own tokens."""
     model, policy = get_model("llava"), POLICIES[policy_name]
     inputs = make_inputs(model, [ONE_IMAGE])
-    with kvevict.evict(model, policy):
-        beams = generate(
-            model, inputs, num_new=8, num_beams=3, num_return_sequences=3, output_scores=True
-        )
-    prompt_len = inputs["input_ids"].shape[1]
-    for sequence, score in zip(beams.sequences, beams.sequences_scores, strict=True):
-        with kvevict.evict(model, policy), torch.no_grad():
-            output = model(**inputs)
-            cache, total = output.past_key_values, 0.0
-            for token in sequence[prompt_len:]:
-                total += float(output.logits[0, -1].log_softmax(-1)[token])
-                output = model(input_ids=token.view(1, 1), past_key_values=cache)
-        assert total / 8 == pytest.approx(float(score), abs=1e-4)
+    assert_beams_stand_alone(model, policy, inputs, num_new=8, num_beams=3)
 
 
 def test_contexts_and_copies() -> None:

@@ -14,6 +14,7 @@ import kvevict
 from kvevict.integrations.transformers.attention import attend_blocks
 from kvevict.policies import D2O, H2O, KeepKV, LookM, ZSMerge
 from kvevict.slots import Slots
+from tests.integrations.runs import assert_beams_stand_alone
 from tests.integrations.test_decoding import converse
 from tests.integrations.tiny_models import (
     LONG_ROW,
@@ -152,19 +153,7 @@ def test_beam_search(policy_name: str) -> None:
     """Beams take their merged keys, weights and averages along: each as a run of its own tokens."""
     model, policy = get_model("llava"), POLICIES[policy_name]
     inputs = make_inputs(model, [ONE_IMAGE])
-    with kvevict.evict(model, policy):
-        beams = generate(
-            model, inputs, num_new=6, num_beams=2, num_return_sequences=2, output_scores=True
-        )
-    prompt_len = inputs["input_ids"].shape[1]
-    for sequence, score in zip(beams.sequences, beams.sequences_scores, strict=True):
-        with kvevict.evict(model, policy), torch.no_grad():
-            output = model(**inputs)
-            cached, total = output.past_key_values, 0.0
-            for token in sequence[prompt_len:]:
-                total += float(output.logits[0, -1].log_softmax(-1)[token])
-                output = model(input_ids=token.view(1, 1), past_key_values=cached)
-        assert total / 6 == pytest.approx(float(score), abs=1e-4)
+    assert_beams_stand_alone(model, policy, inputs, num_new=6, num_beams=2)
 
 
 def test_merging_in_bfloat16() -> None:

@@ -19,6 +19,7 @@ from kvevict.integrations.transformers import EvictedLayer
 from kvevict.policies import H2O, TGVKV, LayerScores, SnapKV
 from kvevict.slots import BUCKET_WASTE
 from tests.integrations.masked_reference import kept_mask, masked_reference
+from tests.integrations.runs import run_padded_turns
 from tests.integrations.tiny_models import (
     LONG_ROW,
     NUM_LAYERS,
@@ -85,27 +86,11 @@ def test_a_later_turn_on_buckets(every_turn: bool) -> None:
     model = get_model("llava")
     inputs = make_inputs(model, BATCH)
     prompt_len = inputs["input_ids"].shape[1]
-    question = torch.randint(10, 90, (3, 8), generator=torch.Generator().manual_seed(1))
-    mask = torch.cat([inputs["attention_mask"], torch.ones(3, 9).long()], 1)
-    mask[1, prompt_len + 1 : prompt_len + 4] = 0
-
-    @torch.no_grad()
-    def run() -> tuple[Tensor, Any]:
-        cached = DynamicCache(config=model.config)
-        token = torch.full((3, 1), 20)
-        model(**inputs, past_key_values=cached)
-        options = {"past_key_values": cached}
-        model(input_ids=token, attention_mask=mask[:, : prompt_len + 1], **options)
-        first = model(input_ids=question, attention_mask=mask, **options).logits
-        longer = torch.cat([mask, torch.ones(3, 1).long()], 1)
-        second = model(input_ids=token, attention_mask=longer, **options).logits
-        return torch.cat([first[:, -4:], second], 1), cached
-
     with kvevict.evict(model, LOPSIDED, every_turn=every_turn) as eviction:
-        actual, cached = run()
+        actual, cached = run_padded_turns(model, inputs)
     masks = {i.layer_idx: kept_mask(i.kept_indices, prompt_len) for i in eviction.reports[0].kept}
     with masked_reference(model, prompt_len, masks):
-        expected, _ = run()
+        expected, _ = run_padded_turns(model, inputs)
     same = slice(0, 4 if every_turn else 5)
     torch.testing.assert_close(actual[:, same], expected[:, same], rtol=0, atol=1e-4)
     assert all(isinstance(layer, EvictedLayer) for layer in cached.layers)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,9 +64,9 @@ def decode(
     prompt: Prompt,
     tokens: Tokens,
     num_steps: int,
-    turn: tuple[int, Tensor] | None = None,
+    turn: tuple[int, int, Tensor] | None = None,
 ) -> Run:
-    """Evict the prompt and decode; `turn` makes step i one of several tokens with this mask."""
+    """Evict the prompt and decode; `turn` makes step i one of n tokens with this mask."""
     batch_size, prompt_len = prompt.modality.shape
     first = [[t[:, :, :prompt_len] for t in ts] for ts in vars(tokens).values()]
     if isinstance(policy, PrefillPolicy):
@@ -275,3 +275,35 @@ def assert_equal_loops(
             ours = [[[c - padding for c in own] for own in layer[b]] for layer in run.live[step]]
             assert ours == theirs, f"step {step} of sequence {b}"
     return run
+
+
+def assert_a_turn_is_several_steps(
+    policy: Any, rows: Sequence[str], *, num_before: int, num_steps: int
+) -> None:
+    """A turn of 8 columns with padding gives what each sequence gives alone.
+
+    Args:
+        policy: what evicts.
+        rows: three prompts, padded on the left.
+        num_before: steps before the turn.
+        num_steps: of them all, the turn being one.
+    """
+    prompt = make_prompt(*rows)
+    num_columns = prompt.kv_len + num_steps + 7
+    tokens = Tokens.draw(3, num_columns, NUM_LAYERS)
+    padding, begin = [0, 4, 7], prompt.kv_len + num_before
+    mask = torch.ones(3, begin + 8, dtype=torch.bool)
+    for b, row in enumerate(rows):
+        mask[b, : row.count(".")] = False
+        mask[b, begin : begin + padding[b]] = False
+    together = decode(policy, prompt, tokens, num_steps, turn=(num_before, 8, mask))
+    for b, row in enumerate(rows):
+        first, count = row.count("."), 8 - padding[b]
+        real = [*mask[b].nonzero().flatten().tolist(), *range(mask.shape[1], num_columns)]
+        alone = Tokens(*([t[b : b + 1, :, real] for t in ts] for ts in vars(tokens).values()))
+        visible = torch.ones(1, len(row) - first + num_before + count, dtype=torch.bool)
+        turn = (num_before, count, visible)
+        single = decode(policy, make_prompt(row.replace(".", "")), alone, num_steps, turn=turn)
+        for ours, theirs in zip(together.live, single.live, strict=True):
+            for layer, expected in zip(ours, theirs, strict=True):
+                assert layer[b] == [[real[c] for c in own] for own in expected[0]]

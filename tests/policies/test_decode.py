@@ -29,6 +29,7 @@ from tests.policies.decoding import (
     Rule,
     Run,
     Tokens,
+    assert_a_turn_is_several_steps,
     assert_equal_loops,
     block_of,
     decode,
@@ -161,26 +162,8 @@ def test_tgv_leaves_alone_what_the_prompt_left_whole() -> None:
 
 @pytest.mark.parametrize("policy", [H2O(keep=0.4), TGVKV(keep=0.4, decode="released")], ids=str)
 def test_a_later_turn_is_several_steps_at_once(policy: Any) -> None:
-    """A turn with padding gives what each sequence gives alone."""
     rows = PROMPTS["left_padded"]
-    prompt = make_prompt(*rows)
-    tokens = Tokens.draw(3, prompt.kv_len + NUM_STEPS, NUM_LAYERS)
-    padding = [0, 4, 7]
-    mask = torch.ones(3, prompt.kv_len + 5 + 8, dtype=torch.bool)
-    for b, row in enumerate(rows):
-        mask[b, : row.count(".")] = False
-        mask[b, prompt.kv_len + 5 : prompt.kv_len + 5 + padding[b]] = False
-    together = decode(policy, prompt, tokens, 15, turn=(5, 8, mask))
-    for b, row in enumerate(rows):
-        first, count = row.count("."), 8 - padding[b]
-        real = mask[b].nonzero().flatten().tolist()
-        real += list(range(mask.shape[1], prompt.kv_len + NUM_STEPS))
-        alone = Tokens(*([t[b : b + 1, :, real] for t in ts] for ts in vars(tokens).values()))
-        turn = (5, count, torch.ones(1, len(row) - first + 5 + count, dtype=torch.bool))
-        single = decode(policy, make_prompt(row.replace(".", "")), alone, 15, turn=turn)
-        for ours, theirs in zip(together.live, single.live, strict=True):
-            for layer, expected in zip(ours, theirs, strict=True):
-                assert layer[b] == [[real[c] for c in own] for own in expected[0]]
+    assert_a_turn_is_several_steps(policy, rows, num_before=5, num_steps=15)
 
 
 def test_a_step_neither_reads_nor_leaves_the_device() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from kvevict.policies import D2O, KeepKV, Prompt, ZSMerge
 from kvevict.slots import Slots
 from tests.policies.cases import NUM_KV_HEADS, NUM_QO_HEADS, PROMPTS, make_prompt
-from tests.policies.decoding import NUM_LAYERS, Tokens, decode
+from tests.policies.decoding import NUM_LAYERS, Tokens, assert_a_turn_is_several_steps, decode
 from tests.policies.merge_oracles import cosine, dot
 
 NUM_STEPS = 12
@@ -233,24 +233,6 @@ def test_zsmerge_loses_no_token(num_residual: int, keep: float) -> None:
 
 @pytest.mark.parametrize("case", ["zsmerge_several", "keepkv", "d2o"])
 def test_a_later_turn_is_several_steps_at_once(case: str) -> None:
-    """A turn with padding gives what each sequence gives alone."""
     policy, _ = CASES[case]
     rows = PROMPTS["left_padded"]
-    prompt = make_prompt(*rows)
-    tokens = Tokens.draw(3, prompt.kv_len + 16, NUM_LAYERS)
-    padding = [0, 4, 7]
-    mask = torch.ones(3, prompt.kv_len + 3 + 8, dtype=torch.bool)
-    for b, row in enumerate(rows):
-        mask[b, : row.count(".")] = False
-        mask[b, prompt.kv_len + 3 : prompt.kv_len + 3 + padding[b]] = False
-    together = decode(policy, prompt, tokens, 9, turn=(3, 8, mask))
-    for b, row in enumerate(rows):
-        first, count = row.count("."), 8 - padding[b]
-        real = mask[b].nonzero().flatten().tolist()
-        real += list(range(mask.shape[1], prompt.kv_len + 16))
-        alone = Tokens(*([t[b : b + 1, :, real] for t in ts] for ts in vars(tokens).values()))
-        turn = (3, count, torch.ones(1, len(row) - first + 3 + count, dtype=torch.bool))
-        single = decode(policy, make_prompt(row.replace(".", "")), alone, 9, turn=turn)
-        for ours, theirs in zip(together.live, single.live, strict=True):
-            for layer, expected in zip(ours, theirs, strict=True):
-                assert layer[b] == [[real[c] for c in own] for own in expected[0]]
+    assert_a_turn_is_several_steps(policy, rows, num_before=3, num_steps=9)
