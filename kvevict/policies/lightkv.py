@@ -89,8 +89,7 @@ class LightKV:
                 raise ValueError(
                     f"LightKV: {name} must have 1 or {num_stages} values, got {values}"
                 )
-        if any(isinstance(w, bool) or not isinstance(w, int) or w < 1 for w in self.windows):
-            raise ValueError(f"LightKV: windows must be ints of at least 1, got {self.windows}")
+        check_windows("LightKV", self.windows)
         if any(not isinstance(d, Real) or not 0 <= d <= 1 for d in self.drop):
             raise ValueError(f"LightKV: drop must be in [0, 1], got {self.drop}")
         for name, words in (
@@ -199,6 +198,16 @@ class LightKV:
             for of_group in groups
         ]
         return torch.stack(means).sum(0) * num_kv_heads
+
+
+def check_windows(policy_name: str, windows: tuple[int, ...]) -> None:
+    """Refuse what are no parts per side of an image.
+
+    Raises:
+        ValueError: naming the policy, the field and its value.
+    """
+    if any(isinstance(w, bool) or not isinstance(w, int) or w < 1 for w in windows):
+        raise ValueError(f"{policy_name}: windows must be ints of at least 1, got {windows}")
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,7 +12,7 @@ from kvevict import ops
 from kvevict.ops.enums import HeadReduction
 from kvevict.policies._lists import in_list
 from kvevict.policies.base import LayerScores, Policy, Prompt, Selection
-from kvevict.policies.lightkv import plan_windows
+from kvevict.policies.lightkv import check_windows, plan_windows
 from kvevict.policies.merging import Merged, sum_groups
 
 
@@ -65,10 +65,7 @@ class LightKVCache(Policy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if any(isinstance(w, bool) or not isinstance(w, int) or w < 1 for w in self.windows):
-            raise ValueError(
-                f"LightKVCache: windows must be ints of at least 1, got {self.windows}"
-            )
+        check_windows("LightKVCache", self.windows)
 
     def row_index(self, prompt: Prompt) -> Tensor:
         """Return the text rows after the last vision token, or all rows where there are none."""
