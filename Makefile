@@ -18,8 +18,9 @@ INSTALL := $(BIN)/pip install --quiet --no-build-isolation --use-pep517
 
 .PHONY: demo test bench gpu-report lint format wheel clean
 
+# The trained model of this repository; for any other one, or timings: $(BIN)/python -m kvevict.demo.
 demo: $(VENV)/.library
-	$(BIN)/python -m kvevict.demo --out demo-out $(ARGS)
+	$(BIN)/python -m bench.fidelity.demo --out demo-out $(ARGS)
 
 test: lint
 	$(BIN)/python -m pytest tests $(ARGS)

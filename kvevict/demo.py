@@ -11,6 +11,7 @@ downloaded; sizes, budgets and timings are real, its words would not be, so it h
 from __future__ import annotations
 
 import argparse
+import importlib
 import statistics
 import sys
 import time
@@ -43,17 +44,24 @@ IMAGE_TOKEN_ID = 5
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the demo; return the exit status."""
     args = parse_args(argv)
-    try:
-        require_matplotlib()
-        import transformers  # noqa: F401
-        from PIL import Image  # noqa: F401
-    except ImportError as error:
-        print(f'kvevict.demo: {error}\nInstall what it needs: pip install "kvevict[demo]"')
+    if not has_extras("kvevict.demo", "transformers", "PIL"):
         return 1
     args.out.mkdir(parents=True, exist_ok=True)
     with torch.inference_mode():
         run_demo(args, Progress())
     return 0
+
+
+def has_extras(program: str, *modules: str) -> bool:
+    """Return whether matplotlib and the modules are there; print what to install if not."""
+    try:
+        require_matplotlib()
+        for module in modules:
+            importlib.import_module(module)
+    except ImportError as error:
+        print(f'{program}: {error}\nInstall what it needs: pip install "kvevict[demo]"')
+        return False
+    return True
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -45,6 +45,7 @@ def plot_kept_patches(
     prompt_len: int,
     title: str,
     subtitle: str = "",
+    image_name: str = "the photo",
     num_shown: int = 4,
 ) -> Path:
     """Draw the kept patches of some layers on the photo, and the budgets of all, as a PNG.
@@ -56,6 +57,7 @@ def plot_kept_patches(
         prompt_len: tokens of the prompt, for the percentages.
         title: headline.
         subtitle: a line below it.
+        image_name: what to call the image.
         num_shown: layers drawn on the photo, spread evenly over the depth.
 
     Returns:
@@ -85,7 +87,7 @@ def plot_kept_patches(
 
         axes = figure.add_subplot(photos[0])
         num_patches = layers[0].patches.numel()
-        _draw_photo(axes, image.numpy(), "the photo", f"{num_patches} image tokens")
+        _draw_photo(axes, image.numpy(), image_name, f"{num_patches} image tokens")
         for i, layer in enumerate(shown, start=1):
             axes = figure.add_subplot(photos[i])
             share = layer.num_image / num_patches
@@ -109,6 +111,7 @@ def plot_comparison(
     prompt_len: int,
     title: str,
     subtitle: str = "",
+    image_name: str = "the photo",
     num_columns: int = 5,
 ) -> Path:
     """Draw what several methods kept, and their budgets on one scale, as a PNG.
@@ -120,6 +123,7 @@ def plot_comparison(
         prompt_len: tokens of the prompt, for the percentages.
         title: headline.
         subtitle: a line below it.
+        image_name: what to call the image.
         num_columns: at most this many methods in a row, the photo among them.
 
     Returns:
@@ -155,7 +159,7 @@ def plot_comparison(
             )
 
         num_patches = next(iter(methods.values()))[0].patches.numel()
-        _draw_photo(place(0, 0.25, photo), image.numpy(), "the photo", f"{num_patches} tokens")
+        _draw_photo(place(0, 0.25, photo), image.numpy(), image_name, f"{num_patches} tokens")
         for cell, (name, layers) in enumerate(methods.items(), start=1):
             votes = torch.stack([layer.patches for layer in layers]).mean(0)
             share = sum(_totals(layers)) / len(layers) / prompt_len
@@ -286,6 +290,7 @@ def _draw_budgets(axes: Any, layers: Sequence[LayerPicture], prompt_len: int) ->
             ha="center",
             fontsize=9,
             color=MUTED,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
         )
     axes.set_xlim(-0.6, len(layers) + 0.1 * len(layers))
     axes.set_ylim(0, max([*totals, 1]) * 1.22)

@@ -12,6 +12,7 @@ other ones for every step of decoding.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -185,6 +186,18 @@ def question_ids(design: Design, segments: Tensor, generator: torch.Generator) -
     ids[..., 3:-1] = FIRST_FILLER + fillers
     ids[..., -1] = COLON
     return ids
+
+
+def question_in_words(design: Design, ids: Tensor) -> str:
+    """Say what a question [question_len] asks for; rows and columns are counted from 1."""
+    row, column = (ids[1:3] - FIRST_REGION).tolist()
+    return f"row {row + 1}, from column {column - design.grid + 1}: which {design.width} digits?"
+
+
+def answer_in_words(ids: Sequence[int]) -> str:
+    """Write out the digits of an answer, a question mark for a word that is none."""
+    digits = [token - FIRST_DIGIT for token in ids]
+    return " ".join(str(digit) if 0 <= digit < NUM_DIGITS else "?" for digit in digits)
 
 
 def answer_ids(design: Design, labels: Tensor, segments: Tensor) -> Tensor:

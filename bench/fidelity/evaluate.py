@@ -156,32 +156,41 @@ def measure(task: Task, method: Method, budget: float) -> Tally:
     return tally
 
 
+def mark_needed(task: Task, batch: Batch) -> Tensor:
+    """Return the first mosaic [height, width, 3] in [0, 1]; the digits asked for are red."""
+    assert batch.needed is not None
+    pixels = batch.inputs["pixel_values"][0, 0].cpu() * PIXEL_STD + PIXEL_MEAN
+    rows, columns = grid_of(task)
+    asked = batch.needed[0, 1 : 1 + rows * columns].view(rows, columns).cpu()
+    enlarged = asked.repeat_interleave(len(pixels) // rows, 0)
+    enlarged = enlarged.repeat_interleave(len(pixels) // columns, 1)
+    others = pixels.where(~enlarged, 0.3 * pixels)
+    return torch.stack([pixels, others, others], -1).clamp(0, 1)
+
+
+def grid_of(task: Task) -> tuple[int, int]:
+    """Return rows and columns of a mosaic's vision tokens."""
+    side = math.isqrt(task.model.config.image_seq_length)
+    return side, side
+
+
 def draw_kept(task: Task, methods: Sequence[Method], budget: float, path: Path) -> None:
     """Draw what methods keep of the first mosaic as a PNG; the digits asked for are red."""
-    first = task.batches[0]
-    assert first.needed is not None
-    inputs = {name: tensor[:1] for name, tensor in first.inputs.items()}
-    batch = Batch(inputs, first.answers[:1], first.num_new, first.needed[:1])
-    pixels = inputs["pixel_values"][0, 0].cpu() * PIXEL_STD + PIXEL_MEAN
-    side = math.isqrt(task.model.config.image_seq_length)
-    asked = first.needed[0, 1 : 1 + side**2].view(side, side).cpu()
-    enlarged = asked.repeat_interleave(len(pixels) // side, 0)
-    enlarged = enlarged.repeat_interleave(len(pixels) // side, 1)
-    others = pixels.where(~enlarged, 0.3 * pixels)
-    photo = torch.stack([pixels, others, others], -1).clamp(0, 1)
+    first = task.batches[0].first(1)
     pictures = {}
     for method in methods:
-        _, report = ask(task.model, batch, method.build(budget, batch))
+        _, report = ask(task.model, first, method.build(budget, first))
         if report is not None:
-            layers = [picture_of(layer, report, (side, side)) for layer in report.kept]
+            layers = [picture_of(layer, report, grid_of(task)) for layer in report.kept]
             pictures[method.name] = layers
     plot_comparison(
-        photo,
+        mark_needed(task, first),
         pictures,
         path,
-        prompt_len=inputs["input_ids"].shape[1],
+        prompt_len=first.inputs["input_ids"].shape[1],
         title=f"What is kept at {budget:.0%}",
         subtitle=f"{task.name}, first question; the digits that are asked for are red.",
+        image_name="the mosaic",
     )
 
 

@@ -44,6 +44,15 @@ class Batch:
     num_new: int
     needed: Tensor | None = None
 
+    def first(self, count: int) -> Batch:
+        """Return the first `count` questions; every input must have one entry per question."""
+        return Batch(
+            inputs={name: tensor[:count] for name, tensor in self.inputs.items()},
+            answers=self.answers[:count],
+            num_new=self.num_new,
+            needed=None if self.needed is None else self.needed[:count],
+        )
+
 
 @dataclass(frozen=True, eq=False)
 class Task:
@@ -65,25 +74,35 @@ class Task:
     needs: bool
 
 
+def load_metrics(folder: Path) -> dict[str, Any]:
+    """Read what training noted about a checkpoint.
+
+    Raises:
+        FileNotFoundError: if it was not trained here.
+    """
+    metrics: dict[str, Any] = json.loads((folder / "metrics.json").read_text())
+    return metrics
+
+
 def load_mosaics(folder: Path, split: str, count: int, device: torch.device) -> Task:
     """Load a trained checkpoint and draw one question each about `count` mosaics.
 
-    The questions depend on the design and the split only: all seeds answer the same ones.
+    The questions depend on the design and the split only: all seeds answer the same ones, and
+    fewer are the first of more.
     """
-    metrics = json.loads((folder / "metrics.json").read_text())
-    design = Design(**metrics["design"])
+    design = Design(**load_metrics(folder)["design"])
     model = transformers.LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
     generator = torch.Generator().manual_seed(1)
     sizes = [min(BATCH, count - done) for done in range(0, count, BATCH)]
-    batches = [_draw_batch(design, split, size, generator, device) for size in sizes]
+    batches = [_draw_batch(design, split, generator, device).first(size) for size in sizes]
     return Task(folder.name, model.eval().to(device), batches, score_digits, needs=True)
 
 
 def _draw_batch(
-    design: Design, split: str, count: int, generator: torch.Generator, device: torch.device
+    design: Design, split: str, generator: torch.Generator, device: torch.device
 ) -> Batch:
-    pixels, labels = draw_mosaics(design, split, count, generator)
-    segments = torch.randint(design.num_segments, (count, 1), generator=generator)
+    pixels, labels = draw_mosaics(design, split, BATCH, generator)
+    segments = torch.randint(design.num_segments, (BATCH, 1), generator=generator)
     ids = prompt_ids(design, question_ids(design, segments, generator)[:, 0])
     needed = torch.zeros_like(ids, dtype=torch.bool)
     needed.scatter_(1, 1 + vision_tokens(design, segments)[:, 0], True)

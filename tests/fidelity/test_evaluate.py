@@ -53,10 +53,7 @@ def full() -> float:
 
 def few(count: int) -> Batch:
     """Return the first questions."""
-    batch = task().batches[0]
-    assert batch.needed is not None
-    inputs = {name: tensor[:count] for name, tensor in batch.inputs.items()}
-    return Batch(inputs, batch.answers[:count], batch.num_new, batch.needed[:count])
+    return task().batches[0].first(count)
 
 
 # What the accuracy says
@@ -144,6 +141,19 @@ def test_kernels_keep_what_the_float64_oracle_keeps(name: str) -> None:
             ours = [mask.nonzero()[:, 0].tolist() for mask in masks]
             theirs = lists * (len(ours) // len(lists))
             assert ours == theirs, f"layer {layer} of question {b}"
+
+
+# The questions
+
+
+def test_fewer_questions_are_the_first_of_more() -> None:
+    folder, device = CHECKPOINTS / "h-0", torch.device("cpu")
+    (fewer,) = load_mosaics(folder, "test", 3, device).batches
+    more = few(3)
+    assert fewer.answers == more.answers
+    assert all(torch.equal(fewer.inputs[name], more.inputs[name]) for name in more.inputs)
+    counts = [len(batch.answers) for batch in load_mosaics(folder, "test", 70, device).batches]
+    assert counts == [64, 6]
 
 
 # What is committed
