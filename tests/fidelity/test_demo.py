@@ -111,21 +111,48 @@ def test_it_prints_what_is_measured(printed: str) -> None:
     assert rows["random vision"][0] == f"0 of {COUNT}"
 
 
+def counts_of(picture: Image.Image) -> dict[Any, int]:
+    """Return how many pixels have each color."""
+    colors = picture.convert("RGB").getcolors(picture.width * picture.height)
+    return {color: count for count, color in colors or []}
+
+
 def test_it_draws_the_mosaic_and_what_is_kept(printed: str, folder: Path) -> None:
     path = folder / "kept.png"
     assert f"Picture: {path.resolve()}" in printed
     with Image.open(path) as picture:
         width, height = picture.size
-        colors = picture.convert("RGB").getcolors(width * height)
+        page = counts_of(picture)
+        # Above the charts, left of layer 0.
+        mosaic = counts_of(picture.crop((0, 0, width // 4, height * 3 // 5)))
     assert width > 1500
-    counts = {color: count for count, color in colors}
-    red = sum(n for (r, g, b), n in counts.items() if r > 150 and g < 100 and b < 100)
-    orange = counts[(255, 159, 28)]
-    white = counts[(255, 255, 255)]
-    # The digits that are asked for; frames and bars of what is kept; the page around them.
-    assert red > 500
-    assert orange > 5000
-    assert 0.2 < white / (width * height) < 0.9
+    red = [n for (r, g, b), n in mosaic.items() if r > 150 and g < 100 and b < 100]
+    assert sum(red) > 500
+    kept = page[(255, 159, 28)]
+    assert kept > 5000
+    assert 0.2 < page[(255, 255, 255)] / (width * height) < 0.9
+
+
+def test_what_is_asked_is_red_and_every_layer_is_drawn(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    drawn: list[Any] = []
+    monkeypatch.setattr(demo, "plot_kept_patches", lambda *args, **_: drawn.extend(args))
+    args = demo.parse_args(["--policy", POLICY, "--out", str(tmp_path)])
+    task = load()
+    first = task.batches[0].first(1)
+    _, report = ask(task.model, first, args.policy.build(KEEP, first))
+    assert report is not None and first.needed is not None
+    demo.draw(args, task, report, "")
+    photo, layers, path = drawn
+    assert path.parent == tmp_path
+    red = photo[..., 0] - photo[..., 1] > 0.1
+    by_digit = red.unfold(0, 8, 8).unfold(1, 8, 8).any(-1).any(-1)
+    assert torch.equal(by_digit.flatten(), first.needed[0, 1:257])
+    for layer, kept in zip(layers, report.kept, strict=True):
+        columns = kept.kept_indices[0].flatten().long()
+        votes = torch.bincount(columns, minlength=261)[1:257] / kept.kept_indices.shape[1]
+        assert torch.equal(layer.patches.flatten(), votes)
 
 
 def test_a_wrong_full_cache_is_admitted(
