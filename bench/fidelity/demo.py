@@ -203,7 +203,7 @@ def draw(args: argparse.Namespace, task: Task, report: EvictionReport, answers: 
         args.out / "kept.png",
         prompt_len=report.modality.shape[1],
         title=f"{args.policy.name} keeps {share:.1%} of the KV cache",
-        subtitle=f"{answers} Red: what is asked. Dark: evicted.",
+        subtitle=f"{answers} Red digits: asked for. Dark: evicted.",
         image_name="the mosaic",
     )
 
