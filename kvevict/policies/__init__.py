@@ -30,6 +30,7 @@ from kvevict.policies.dbudgetkv import DBudgetKV
 from kvevict.policies.decode import DecodePolicy, Victims
 from kvevict.policies.engine import evict_prompt
 from kvevict.policies.flashcache import FlashCache
+from kvevict.policies.grounded import Grounded
 from kvevict.policies.h2o import H2O
 from kvevict.policies.hae import HAE
 from kvevict.policies.keepkv import KeepKV
@@ -67,6 +68,7 @@ __all__ = [
     "DBudgetKV",
     "DecodePolicy",
     "FlashCache",
+    "Grounded",
     "KeepAll",
     "KeepKV",
     "KeyDiff",
@@ -145,6 +147,7 @@ _POLICIES: dict[str, Callable[..., PrefillPolicy | LayerPolicy]] = {
     "d2o": D2O,
     "dbudgetkv": DBudgetKV,
     "flashcache": FlashCache,
+    "grounded": Grounded,
     "h2o": H2O,
     "hae": HAE,
     "keepkv": KeepKV,

@@ -67,6 +67,7 @@ FIELDS: dict[str, list[dict[str, Any]]] = {
         {"keep": 0.4},
         {"keep": 9, "cutoff": 0.3, "num_sink": 1, "text_first": False, "redistribute": True},
     ],
+    "grounded": [{"keep": 0.4}, {"keep": 7}, {"keep": 11, "num_sink": 4}],
     "h2o": [
         {"keep": 0.4},
         {"keep": 5},

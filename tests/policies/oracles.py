@@ -441,6 +441,31 @@ def vl_cache(policy: Any, s: Sequence) -> Kept:
     return kept
 
 
+def grounded(policy: Any, s: Sequence) -> Kept:
+    budget = tokens_of(policy.keep, s.length)
+    half = (budget + 1) // 2
+    forced = forced_of(policy, s.length, half, 1)
+    anchors = [j for j in range(s.length) if j not in s.vision or j in forced]
+    others = [j for j in range(s.length) if j not in anchors]
+    count = min(len(anchors), max(half, budget - len(others)))
+    rows = s.trailing_text or list(range(s.length))
+    kept, ranked, pool = [], [], []
+    for i, attention in enumerate(s.attention):
+        scores = attention[:, rows].amax(1).sqrt().mean(0) ** 2
+        text = [j for j in anchors if j not in forced]
+        kept.append([*forced, *best(text, scores, count - len(forced))])
+        ranked.append(best(others, scores, len(others)))
+        total = float(scores[others].sum())
+        covered = 0.0
+        for place, j in enumerate(ranked[i]):
+            worth = float(scores[j]) * math.sqrt(max(0.0, 1 - covered / total))
+            pool.append((-worth, i, place))
+            covered += float(scores[j])
+    for _, i, place in sorted(pool)[: s.num_layers * (budget - count)]:
+        kept[i].append(ranked[i][place])
+    return [[sorted(layer)] for layer in kept]
+
+
 def corm(policy: Any, s: Sequence) -> Kept:
     limit = tokens_of(policy.keep, s.length)
     if policy.keep is None:
@@ -653,6 +678,7 @@ ORACLES: dict[str, Callable[[Any, Sequence], Kept]] = {
     "d2o": d2o,
     "dbudgetkv": dbudgetkv,
     "flashcache": flashcache,
+    "grounded": grounded,
     "h2o": h2o,
     "hae": hae,
     "keepkv": keepkv,

@@ -1,0 +1,128 @@
+"""Grounded: where the heads agree that the question looks; layers share by what is left to cover.
+
+A method of this package, not of a paper: `bench/fidelity/README.md` says how it was chosen, and
+where it is not the best.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from kvevict.ops.enums import HeadReduction, Statistic
+from kvevict.policies._lists import in_list
+from kvevict.policies.base import LayerScores, Policy, Prompt, select_ranked
+from kvevict.priority import FORCED, NEVER, PREFERRED
+
+
+@dataclass(frozen=True)
+class Grounded(Policy):
+    r"""The best rows of the text after the vision choose, the more heads agree the better.
+
+    Let $A_h[i,j]$ be the attention of query head h in a layer, t the text rows after the last
+    vision token (all rows of a sequence that has none), n the budget of `keep` tokens per layer.
+
+    - Score of a key: $s[j] = (mean_h \sqrt{\max_{i \in t} A_h[i,j]})^2$. The maximum lets one row
+      that reads the region outweigh many that look elsewhere; the mean of roots lies between the
+      geometric mean, which asks for all heads, and the plain one, which one head can carry. One
+      list per layer, shared by its heads.
+    - Text first, but in at most half of the budget (in more where there is too little vision to
+      fill the rest): the sinks and the last token, then the text with the best scores. Text that
+      does not get in goes.
+    - The rest of all layers is one pool. Sorted by score, vision key j of layer l is worth
+      $s_l[j] \sqrt{1 - c_l[j]}$ where $c_l[j]$ is the part of the layer's scores that better vision
+      keys hold; the pool takes the most valuable keys of all layers. So a layer that looks at few
+      keys gets them early, and one that looks everywhere gets more as the others are covered.
+
+    Exactly `num_layers * n` tokens stay: none of the budget is lost.
+
+    Scoring is one pass of O(num_qo_heads * num_rows * kv_len * head_dim) per layer, budgets sort
+    num_layers * kv_len numbers once.
+
+    Attributes:
+        keep: ratio of the prompt (float) or tokens per layer on average (int).
+        num_sink: first tokens that stay in every layer (1: behind `<bos>` an image may begin).
+    """
+
+    head_reduction: ClassVar[HeadReduction] = HeadReduction.NONE
+    statistic: ClassVar[Statistic] = Statistic.MAX
+
+    num_sink: int = 1
+
+    def row_index(self, prompt: Prompt) -> Tensor:
+        """Return the text rows after the last vision token, all real ones where there are none."""
+        return prompt.trailing_rows()
+
+    def observe(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        prompt: Prompt,
+        row_index: Tensor | None,
+        *,
+        sm_scale: float | None = None,
+        softmax_lse: Tensor | None = None,
+    ) -> LayerScores:
+        """Score by the square of the mean root over heads [batch_size, 1, kv_len]."""
+        layer = super().observe(
+            query, key, value, prompt, row_index, sm_scale=sm_scale, softmax_lse=softmax_lse
+        )
+        return replace(layer, scores=layer.scores.sqrt().mean(1, keepdim=True).square())
+
+    def budgets(self, layers: Sequence[LayerScores]) -> Tensor:
+        """Give every layer its anchors and its part of the pool [num_layers, batch_size] int64."""
+        anchored = torch.stack([self._num_anchored(layer.prompt) for layer in layers], 1)
+        tokens = torch.stack([self.keep_tokens(layer.prompt) for layer in layers], 1)
+        worth = [self._worth(layer) for layer in layers]
+        layer_of = torch.cat([torch.full_like(w, i).long() for i, w in enumerate(worth)], 1)
+        best_first = torch.cat(worth, 1).argsort(dim=1, descending=True, stable=True)
+        place = torch.arange(best_first.shape[1], device=best_first.device)
+        taken = place < (tokens - anchored).sum(1, keepdim=True)
+        from_pool = torch.zeros_like(tokens)
+        from_pool.scatter_add_(1, layer_of.gather(1, best_first), taken.long())
+        return (anchored + from_pool).T
+
+    def priority(self, prompt: Prompt, budget: Tensor) -> Tensor:
+        """Force the sinks and the last token, in every layer alike."""
+        return self.force(prompt, (self.keep_tokens(prompt) + 1) // 2, num_recent=1)
+
+    def select(self, layer: LayerScores, budget: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Keep the best anchors, then the best of the other keys."""
+        prompt = layer.prompt
+        classes, is_anchor = self.priority(prompt, budget), self._is_anchor(prompt)
+        anchors, _ = select_ranked(
+            layer.scores, classes.where(is_anchor, NEVER), self._num_anchored(prompt), k
+        )
+        stays = in_list(anchors[:, 0], prompt.kv_len)
+        classes = classes.where(~is_anchor, NEVER).masked_fill(stays, PREFERRED)
+        return select_ranked(layer.scores, classes, budget, k)
+
+    def _is_anchor(self, prompt: Prompt) -> Tensor:
+        """Return text and forced keys [batch_size, kv_len] bool; the others are the pool."""
+        forced = self.priority(prompt, prompt.lens) == FORCED
+        return (prompt.valid & ~prompt.is_vision) | forced
+
+    def _num_anchored(self, prompt: Prompt) -> Tensor:
+        """Return how many anchors stay in each layer [batch_size] int64."""
+        tokens, num_anchors = self.keep_tokens(prompt), self._is_anchor(prompt).sum(1)
+        num_others = prompt.lens - num_anchors
+        return torch.minimum(num_anchors, torch.maximum((tokens + 1) // 2, tokens - num_others))
+
+    def _worth(self, layer: LayerScores) -> Tensor:
+        """Return what the layer's vision keys are worth, best first [batch_size, kv_len] float64.
+
+        -1 beyond their number.
+        """
+        in_pool = layer.prompt.valid & ~self._is_anchor(layer.prompt)
+        scores = layer.scores[:, 0].where(in_pool, 0.0).double()
+        scores = scores.sort(1, descending=True).values
+        total = scores.sum(1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
+        uncovered = 1 - (scores.cumsum(1) - scores) / total
+        place = torch.arange(scores.shape[1], device=scores.device)
+        beyond = place >= in_pool.sum(1, keepdim=True)
+        return (scores * uncovered.clamp(min=0).sqrt()).masked_fill(beyond, -1.0)
