@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from bench.fidelity.questions import Task
     from kvevict.integrations.transformers import EvictionReport
 
-POLICY = "vl_cache"
+POLICY = "grounded"
 CHECKPOINT = Path(__file__).with_name("checkpoints") / "q-0"
 CONTROLS = ("random vision", "oracle")
 
