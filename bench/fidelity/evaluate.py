@@ -16,8 +16,6 @@ from __future__ import annotations
 
 import argparse
 import ast
-import dataclasses
-import json
 import math
 import shlex
 import sys
@@ -35,7 +33,7 @@ import kvevict
 from bench.fidelity.controls import Oracle, RandomVision, Without
 from bench.fidelity.data import PIXEL_MEAN, PIXEL_STD
 from bench.fidelity.questions import Batch, Task, load_mosaics, load_questions
-from bench.fidelity.tables import Row, plot_accuracy, to_markdown
+from bench.fidelity.tables import Row, write_json, write_tables
 from bench.fidelity.train import choose_device
 from kvevict import policies
 from kvevict.demo import picture_of
@@ -254,7 +252,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     which.add_argument("--model", metavar="DIR_OR_ID", help="any vision-language checkpoint")
     parser.add_argument("--questions", type=Path, metavar="FILE", help="JSON lines for --model")
     parser.add_argument("--new-tokens", type=int, default=16, help="of an answer of --model")
-    parser.add_argument("--methods", default="all", help="names with commas; all (default)")
+    parser.add_argument("--methods", default="all", help="names with commas, or all (default)")
     parser.add_argument("--budgets", default=".02,.05,.1,.2,.5,1", help="fractions of the prompt")
     parser.add_argument("--n", type=int, default=512, help="questions")
     parser.add_argument("--split", choices=("validation", "test"), default="test")
@@ -263,7 +261,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if (args.model is None) != (args.questions is None):
         parser.error("--model and --questions go together")
-    names = policies.list(with_keep=True) if args.methods == "all" else args.methods.split(",")
+    every = policies.list(with_keep=True)
+    names = [n for text in args.methods.split(",") for n in (every if text == "all" else [text])]
     try:
         args.methods = [parse_method(name) for name in names if name]
         args.budgets = [float(text) for text in args.budgets.split(",")]
@@ -294,12 +293,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             draw_kept(task, args.methods, budget, args.out / "kept.png")
         for row in measure_all(task, args.methods, args.budgets):
             rows.append(row)
-            result = {"command": command, "rows": [dataclasses.asdict(row) for row in rows]}
-            (args.out / "fidelity.json").write_text(json.dumps(result, indent=1) + "\n")
-    markdown = to_markdown(rows)
-    (args.out / "fidelity.md").write_text(markdown)
-    plot_accuracy(rows, args.out / "fidelity.png")
-    print(markdown)
+            write_json([command], rows, args.out / "fidelity.json")
+    print(write_tables([command], rows, args.out))
     return 0
 
 

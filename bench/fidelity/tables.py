@@ -1,14 +1,31 @@
-"""Results as Markdown and as a plot."""
+"""Results as JSON, as Markdown and as a plot; joins those of several runs.
+
+`python -m bench.fidelity.tables FILE.json … --out DIR` writes what `bench.fidelity.evaluate` would
+have written of all their checkpoints and methods at once.
+"""
 
 from __future__ import annotations
 
+import argparse
+import json
 import math
+import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from kvevict.plotting import ACCENT, FAINT, INK, MUTED, require_matplotlib
+
+CONTROLS = (
+    "full",
+    "text only",
+    "random vision",
+    "random vision per head",
+    "needed removed",
+    "oracle",
+)
+"""Names of what is no method."""
 
 
 @dataclass(frozen=True)
@@ -40,13 +57,56 @@ class Row:
     questions: int
 
 
+def write_json(commands: Sequence[str], rows: Sequence[Row], path: Path) -> None:
+    """Write rows and the commands that measured them."""
+    result = {"commands": [*commands], "rows": [asdict(row) for row in rows]}
+    path.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def write_tables(commands: Sequence[str], rows: Sequence[Row], out: Path) -> str:
+    """Write `fidelity.json`, `.md` and `.png` to a folder; return the Markdown."""
+    write_json(commands, rows, out / "fidelity.json")
+    markdown = to_markdown(rows)
+    (out / "fidelity.md").write_text(markdown)
+    plot_accuracy(rows, out / "fidelity.png")
+    return markdown
+
+
+def join(files: Sequence[Path]) -> tuple[list[str], list[Row]]:
+    """Return the commands and rows of several results, in the order of checkpoints and methods.
+
+    What several of them measured is taken from the first.
+
+    Raises:
+        ValueError: if rows of a checkpoint were not taken over equally many questions.
+    """
+    results = [json.loads(file.read_text()) for file in files]
+    rows: dict[tuple[str, str, float | None], Row] = {}
+    for row in (Row(**fields) for result in results for fields in result["rows"]):
+        rows.setdefault((row.checkpoint, row.method, row.budget), row)
+    for checkpoint in {row.checkpoint for row in rows.values()}:
+        counts = {row.questions for row in rows.values() if row.checkpoint == checkpoint}
+        if len(counts) > 1:
+            raise ValueError(
+                f"bench.fidelity.tables: all rows of {checkpoint} must be of as many questions, "
+                f"got {sorted(counts)}"
+            )
+    checkpoints = sorted({row.checkpoint for row in rows.values()})
+    methods = _unique(row.method for row in rows.values())
+    ordered = sorted(
+        rows.values(), key=lambda r: (checkpoints.index(r.checkpoint), methods.index(r.method))
+    )
+    return _unique(command for result in results for command in result["commands"]), ordered
+
+
 def to_markdown(rows: Sequence[Row]) -> str:
-    """Return a table over all checkpoints, and three for each."""
+    """Return a table over all checkpoints, one of the best methods, and three for each."""
     checkpoints = _unique(row.checkpoint for row in rows)
     parts = []
     if len(checkpoints) > 1:
         title = f"Exact match in %, mean over {', '.join(checkpoints)} (lowest to highest)"
         parts.append(_table(title, rows, _over_checkpoints))
+    parts.append(_best(rows, checkpoints))
     for checkpoint in checkpoints:
         own = [row for row in rows if row.checkpoint == checkpoint]
         count = own[0].questions
@@ -72,6 +132,30 @@ def _table(title: str, rows: Sequence[Row], cell: Callable[[list[Row]], str]) ->
         found = [[r for r in rows if (r.method, r.budget) == (method, b)] for b in columns]
         lines.append(_line([method, *(cell(cells) if cells else "" for cells in found)]))
     return "\n".join([*lines, ""])
+
+
+def _best(rows: Sequence[Row], checkpoints: Sequence[str]) -> str:
+    """Return the best methods of every checkpoint and budget, those of one standard error."""
+    methods = [row for row in rows if row.budget is not None and row.method not in CONTROLS]
+    budgets = sorted({row.budget for row in methods if row.budget is not None})
+    heads = [f"{budget:.0%}" for budget in budgets]
+    title = "Best method, exact match in % (and who is within one standard error of it)"
+    lines = [f"**{title}**", "", _line(["checkpoint", *heads]), _line(["---"] * (1 + len(heads)))]
+    for checkpoint in checkpoints:
+        cells = []
+        for budget in budgets:
+            found = [r for r in methods if (r.checkpoint, r.budget) == (checkpoint, budget)]
+            cells.append(_name_best(found) if found else "")
+        lines.append(_line([checkpoint, *cells]))
+    return "\n".join([*lines, ""])
+
+
+def _name_best(rows: Sequence[Row]) -> str:
+    best = max(rows, key=lambda row: row.exact_match)
+    error = math.sqrt(best.exact_match * (1 - best.exact_match) / best.questions)
+    near = [r.method for r in rows if r is not best and r.exact_match >= best.exact_match - error]
+    others = f" ({', '.join(near)})" if near else ""
+    return f"{best.method} {100 * best.exact_match:.1f}{others}"
 
 
 def _line(cells: Sequence[str]) -> str:
@@ -153,3 +237,19 @@ def _mean_curve(rows: Sequence[Row], method: str) -> tuple[list[float], list[flo
     groups = [[r for r in own if r.budget == b] for b in sorted({r.budget or 0.0 for r in own})]
     kept = [100 * sum(row.kept for row in group) / len(group) for group in groups]
     return kept, [100 * sum(row.exact_match for row in group) / len(group) for group in groups]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Join results; return the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m bench.fidelity.tables", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("files", type=Path, nargs="+", metavar="FILE.json")
+    parser.add_argument("--out", type=Path, default=Path("fidelity-out"), metavar="DIR")
+    args = parser.parse_args(argv)
+    args.out.mkdir(parents=True, exist_ok=True)
+    print(write_tables(*join(args.files), args.out))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

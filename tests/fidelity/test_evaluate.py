@@ -16,10 +16,11 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("sklearn")
 pytest.importorskip("transformers")
 
-from bench.fidelity import evaluate
+from bench.fidelity import evaluate, tables
 from bench.fidelity.controls import Oracle, RandomVision, Without
 from bench.fidelity.evaluate import Method, ask, measure, parse_method, wilson
 from bench.fidelity.questions import Batch, Task, load_mosaics, score_words
+from bench.fidelity.tables import Row
 from kvevict import policies
 from kvevict.policies import IMAGE, TEXT, Prompt
 from tests.fidelity.checkpoints import CHECKPOINTS, FOLDERS
@@ -179,7 +180,8 @@ def test_the_command_writes_tables_and_a_plot(tmp_path: Path) -> None:
     methods = ["--methods", "snapkv,snapkv/window=4/pool_kernel=1"]
     assert evaluate.main(["--checkpoint", folder, folder, *methods, *budgets]) == 0
     result = json.loads((tmp_path / "fidelity.json").read_text())
-    assert result["command"].startswith("python -m bench.fidelity.evaluate --checkpoint ")
+    (command,) = result["commands"]
+    assert command.startswith("python -m bench.fidelity.evaluate --checkpoint ")
     rows = result["rows"]
     assert len(rows) == 2 * (3 + 3 * 2 + 2 * 2)
     whole = [row for row in rows if row["budget"] == 1.0]
@@ -189,6 +191,52 @@ def test_the_command_writes_tables_and_a_plot(tmp_path: Path) -> None:
     assert "| snapkv/window=4/pool_kernel=1 |" in (tmp_path / "fidelity.md").read_text()
     for picture in ("fidelity.png", "kept.png"):
         assert (tmp_path / picture).stat().st_size > 10_000
+
+
+def row_of(checkpoint: str, method: str, budget: float | None, right: int, count: int = 100) -> Row:
+    share = right / count
+    return Row(
+        checkpoint, method, budget, share, wilson(share, count), share, (0.0, 1.0), 0.1, [], count
+    )
+
+
+def test_results_are_joined(tmp_path: Path) -> None:
+    of_file = [
+        ("b", [row_of("h-1", "tova", 0.1, 60), row_of("h-1", "full", None, 97)]),
+        ("a", [row_of("h-0", "full", None, 98), row_of("h-0", "tova", 0.1, 70)]),
+        ("c", [row_of("h-0", "tova", 0.1, 1), row_of("h-0", "snapkv", 0.1, 74)]),
+    ]
+    files = []
+    for command, rows in of_file:
+        files.append(tmp_path / f"{command}.json")
+        tables.write_json([command], rows, files[-1])
+    assert tables.main([*map(str, files), "--out", str(tmp_path)]) == 0
+    result = json.loads((tmp_path / "fidelity.json").read_text())
+    assert result["commands"] == ["b", "a", "c"]
+    found = [(r["checkpoint"], r["method"], r["exact_match"]) for r in result["rows"]]
+    assert found == [
+        ("h-0", "tova", 0.7),
+        ("h-0", "full", 0.98),
+        ("h-0", "snapkv", 0.74),
+        ("h-1", "tova", 0.6),
+        ("h-1", "full", 0.97),
+    ]
+    markdown = (tmp_path / "fidelity.md").read_text()
+    assert "| tova | 65.0 (60.0 to 70.0) |" in markdown
+    # One standard error of 74 in 100 is 4.4.
+    assert "| h-0 | snapkv 74.0 (tova) |" in markdown
+    assert "| h-1 | tova 60.0 |" in markdown
+
+
+def test_rows_of_other_questions_are_not_joined(tmp_path: Path) -> None:
+    rows = [row_of("h-0", "tova", 0.1, 7), row_of("h-0", "snapkv", 0.1, 7, count=10)]
+    tables.write_json(["a"], rows, tmp_path / "a.json")
+    with pytest.raises(ValueError, match=r"must be of as many questions, got \[10, 100\]"):
+        tables.join([tmp_path / "a.json"])
+
+
+def test_controls_are_those_of_the_tables() -> None:
+    assert tuple(m.name for m in evaluate.control_methods(needs=True)) == tables.CONTROLS
 
 
 def test_the_command_runs_on_a_real_checkpoint(tmp_path: Path) -> None:
