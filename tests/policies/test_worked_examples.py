@@ -15,6 +15,7 @@ from kvevict.policies import (
     AdaKV,
     ChunkKV,
     DBudgetKV,
+    Grounded,
     LayerScores,
     PrefixKV,
     PyramidKV,
@@ -271,6 +272,44 @@ ROWS = [
     [0.50, 0.02, 0.10, 0.01, 0.05, 0.12, 0.20, 0.00],
     [0.40, 0.001, 0.02, 0.03, 0.06, 0.089, 0.20, 0.20],
 ]
+
+
+def test_grounded_scores() -> None:
+    """Head 0 looks with both rows, head 1 elsewhere; a key that one head ignores gets a quarter."""
+    prompt = make_prompt("tiiiiitt")
+    query, key = attention_example(ROWS)
+    elsewhere, _ = attention_example([[0.0, 1.0, *[0.0] * 6]] * 2)
+    policy = Grounded(keep=0.5)
+    layer = policy.observe(
+        torch.cat([query, elsewhere], 1), key, key, prompt, policy.row_index(prompt), sm_scale=1.0
+    )
+    expected = torch.tensor(ROWS).amax(0) / 4
+    expected[1] = ((0.02**0.5 + 1) / 2) ** 2
+    assert layer.scores[0, 0].tolist() == pytest.approx(expected.tolist(), abs=1e-6)
+
+
+def test_grounded_budgets() -> None:
+    prompt = make_prompt("tiiiiitt")
+    rows = ([0.9, 0.3, 0.05, 0.5, 0.1, 0.05, 0.6, 0.8], [0.9, *[0.2] * 5, 0.8, 0.6])
+    layers = [LayerScores(torch.tensor([[row]]), prompt) for row in rows]
+    # Vision is worth .5, .3 sqrt(.5) = .212, .1 sqrt(.2) = .045 in layer 0, and
+    # .2, .2 sqrt(.8) = .179, .2 sqrt(.6) = .155, .2 sqrt(.4) = .126 in layer 1.
+    assert Grounded(keep=4).budgets(layers)[:, 0].tolist() == [4, 4]  # 2 of text, 4 of vision
+    assert Grounded(keep=5).budgets(layers)[:, 0].tolist() == [5, 5]  # 3 of text, 4 of vision
+    assert Grounded(keep=6).budgets(layers)[:, 0].tolist() == [5, 7]  # 6 of vision
+    # Half of 4 is the first and the last token; the text between them goes, whatever its score.
+    kept, _ = Grounded(keep=4).select(layers[0], torch.tensor([4]), 4)
+    assert kept[0, 0].tolist() == [0, 1, 3, 7]
+    kept, _ = Grounded(keep=6).select(layers[0], torch.tensor([5]), 5)
+    assert kept[0, 0].tolist() == [0, 1, 3, 6, 7]
+
+
+def test_grounded_keeps_text_where_there_is_no_vision_to_take_its_place() -> None:
+    prompt = make_prompt("tttttitt")
+    layers = [LayerScores(torch.rand(1, 1, 8), prompt) for _ in range(2)]
+    assert Grounded(keep=6).budgets(layers)[:, 0].tolist() == [6, 6]
+    kept, _ = Grounded(keep=6).select(layers[0], torch.tensor([6]), 6)
+    assert 5 in kept[0, 0].tolist()
 
 
 def test_vl_cache_density() -> None:
