@@ -27,6 +27,9 @@ CONTROLS = (
 )
 """Names of what is no method."""
 
+MAX_NAMED = 4
+"""Methods that are named as near the best."""
+
 
 @dataclass(frozen=True)
 class Row:
@@ -154,6 +157,8 @@ def _name_best(rows: Sequence[Row]) -> str:
     best = max(rows, key=lambda row: row.exact_match)
     error = math.sqrt(best.exact_match * (1 - best.exact_match) / best.questions)
     near = [r.method for r in rows if r is not best and r.exact_match >= best.exact_match - error]
+    if len(near) > MAX_NAMED:
+        near = [f"{len(near)} more"]
     others = f" ({', '.join(near)})" if near else ""
     return f"{best.method} {100 * best.exact_match:.1f}{others}"
 
@@ -216,7 +221,7 @@ def plot_accuracy(rows: Sequence[Row], path: Path) -> None:
             kept = [100 * row.kept for row in curve]
             axes.plot(kept, [100 * row.exact_match for row in curve], color=ACCENT, linewidth=0.8)
         axes.plot(*_mean_curve(with_budget, method), color=INK, marker="o", markersize=3)
-        axes.set_title(method, fontsize=9)
+        axes.set_title(method, fontsize=9 if len(method) < 25 else 6)
         axes.set_xscale("log")
         axes.set_xticks([100 * budget for budget in budgets])
         axes.set_xticklabels([f"{100 * budget:g}" for budget in budgets], fontsize=7)

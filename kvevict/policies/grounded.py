@@ -119,8 +119,8 @@ class Grounded(Policy):
         -1 beyond their number.
         """
         in_pool = layer.prompt.valid & ~self._is_anchor(layer.prompt)
-        scores = layer.scores[:, 0].where(in_pool, 0.0).double()
-        scores = scores.sort(1, descending=True).values
+        scores = layer.scores[:, 0].where(in_pool, 0.0)
+        scores = scores.sort(1, descending=True).values.double()
         total = scores.sum(1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
         uncovered = 1 - (scores.cumsum(1) - scores) / total
         place = torch.arange(scores.shape[1], device=scores.device)
