@@ -264,7 +264,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     every = policies.list(with_keep=True)
     names = [n for text in args.methods.split(",") for n in (every if text == "all" else [text])]
     try:
-        args.methods = [parse_method(name) for name in names if name]
+        args.methods = [parse_method(name) for name in dict.fromkeys(names) if name]
         args.budgets = [float(text) for text in args.budgets.split(",")]
     except (TypeError, ValueError) as error:
         parser.error(str(error))

@@ -25,7 +25,7 @@ CONTROLS = (
     "needed removed",
     "oracle",
 )
-"""Names of what is no method."""
+"""Rows that are controls, not methods."""
 
 MAX_NAMED = 4
 """Methods that are named as near the best."""
@@ -155,6 +155,8 @@ def _best(rows: Sequence[Row], checkpoints: Sequence[str]) -> str:
 
 def _name_best(rows: Sequence[Row]) -> str:
     best = max(rows, key=lambda row: row.exact_match)
+    if best.exact_match == 0:
+        return "none"
     error = math.sqrt(best.exact_match * (1 - best.exact_match) / best.questions)
     near = [r.method for r in rows if r is not best and r.exact_match >= best.exact_match - error]
     if len(near) > MAX_NAMED:

@@ -30,22 +30,25 @@ class Grounded(Policy):
       that reads the region outweigh many that look elsewhere; the mean of roots lies between the
       geometric mean, which asks for all heads, and the plain one, which one head can carry. One
       list per layer, shared by its heads.
-    - Text first, but in at most half of the budget (in more where there is too little vision to
-      fill the rest): the sinks and the last token, then the text with the best scores. Text that
-      does not get in goes.
-    - The rest of all layers is one pool. Sorted by score, vision key j of layer l is worth
-      $s_l[j] \sqrt{1 - c_l[j]}$ where $c_l[j]$ is the part of the layer's scores that better vision
-      keys hold; the pool takes the most valuable keys of all layers. So a layer that looks at few
-      keys gets them early, and one that looks everywhere gets more as the others are covered.
+    - Text first, but in at most half of the budget, rounded up (in more where there is too little
+      vision to fill the rest): the sinks and the last token, as far as they fit into that half,
+      then what is not vision, best scores first. Text that does not get in goes.
+    - The rest of all layers is one pool of the other vision keys. Sorted by score, key j of layer l
+      is worth $s_l[j] \sqrt{1 - c_l[j]}$ where $c_l[j]$ is the part of the sum over the layer's keys
+      in the pool that the better ones hold; the most valuable keys of all layers stay, the earlier
+      layer's among equals. So a layer that looks at few keys gets them early, and one that looks
+      everywhere gets more as the others are covered.
 
-    Exactly `num_layers * n` tokens stay: none of the budget is lost.
+    Exactly `num_layers * n` tokens of a fresh prompt stay. In later turns a layer that stores fewer
+    than n keys brings only these.
 
     Scoring is one pass of O(num_qo_heads * num_rows * kv_len * head_dim) per layer, budgets sort
     num_layers * kv_len numbers once.
 
     Attributes:
         keep: ratio of the prompt (float) or tokens per layer on average (int).
-        num_sink: first tokens that stay in every layer (1: behind `<bos>` an image may begin).
+        num_sink: first tokens that stay in every layer, as far as half of the budget holds them
+            beside the last token (1: behind `<bos>` an image may begin).
     """
 
     head_reduction: ClassVar[HeadReduction] = HeadReduction.NONE
@@ -88,7 +91,7 @@ class Grounded(Policy):
         return (anchored + from_pool).T
 
     def priority(self, prompt: Prompt, budget: Tensor) -> Tensor:
-        """Force the sinks and the last token, in every layer alike."""
+        """Force the sinks and the last token that fit half of `keep`, in every layer alike."""
         return self.force(prompt, (self.keep_tokens(prompt) + 1) // 2, num_recent=1)
 
     def select(self, layer: LayerScores, budget: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -119,7 +122,7 @@ class Grounded(Policy):
         -1 beyond their number.
         """
         in_pool = layer.prompt.valid & ~self._is_anchor(layer.prompt)
-        scores = layer.scores[:, 0].where(in_pool, 0.0)
+        scores = layer.scores[:, 0].where(in_pool, 0.0).nan_to_num(nan=0.0)
         scores = scores.sort(1, descending=True).values.double()
         total = scores.sum(1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
         uncovered = 1 - (scores.cumsum(1) - scores) / total

@@ -304,6 +304,17 @@ def test_grounded_budgets() -> None:
     assert kept[0, 0].tolist() == [0, 1, 3, 6, 7]
 
 
+def test_grounded_gives_nothing_for_nan() -> None:
+    prompt = make_prompt("tiiiiitt")
+    row = torch.tensor([0.9, 0.3, 0.05, 0.5, 0.1, 0.05, 0.6, 0.8])
+    broken = row.clone()
+    broken[2] = torch.nan
+    layers = [LayerScores(scores[None, None], prompt) for scores in (broken, row)]
+    assert Grounded(keep=4).budgets(layers)[:, 0].tolist() == [4, 4]
+    kept, _ = Grounded(keep=4).select(layers[0], torch.tensor([4]), 4)
+    assert kept[0, 0].tolist() == [0, 1, 3, 7]
+
+
 def test_grounded_keeps_text_where_there_is_no_vision_to_take_its_place() -> None:
     prompt = make_prompt("tttttitt")
     layers = [LayerScores(torch.rand(1, 1, 8), prompt) for _ in range(2)]
