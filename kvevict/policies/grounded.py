@@ -33,11 +33,11 @@ class Grounded(Policy):
     - Text first, but in at most half of the budget, rounded up (in more where there is too little
       vision to fill the rest): the sinks and the last token, as far as they fit into that half,
       then what is not vision, best scores first. Text that does not get in goes.
-    - The rest of all layers is one pool of the other vision keys. Sorted by score, key j of layer l
-      is worth $s_l[j] \sqrt{1 - c_l[j]}$ where $c_l[j]$ is the part of the sum over the layer's keys
-      in the pool that the better ones hold; the most valuable keys of all layers stay, the earlier
-      layer's among equals. So a layer that looks at few keys gets them early, and one that looks
-      everywhere gets more as the others are covered.
+    - The other vision keys of all layers are one pool. Key j of layer l is worth
+      $s_l[j] \sqrt{1 - c_l[j]}$ where $c_l[j]$ is the part of the layer's scores in the pool that
+      better keys hold; the most valuable keys of all layers stay, the earlier layer's among equals.
+      So a layer that looks at few keys gets them early, and one that looks everywhere gets more as
+      the others are covered.
 
     Exactly `num_layers * n` tokens of a fresh prompt stay. In later turns a layer that stores fewer
     than n keys brings only these.
