@@ -82,12 +82,14 @@ class Grounded(Policy):
         anchored = torch.stack([self._num_anchored(layer.prompt) for layer in layers], 1)
         tokens = torch.stack([self.keep_tokens(layer.prompt) for layer in layers], 1)
         worth = [self._worth(layer) for layer in layers]
-        layer_of = torch.cat([torch.full_like(w, i).long() for i, w in enumerate(worth)], 1)
+        layer_of = torch.cat(
+            [torch.full(w.shape[1:], i, device=w.device) for i, w in enumerate(worth)]
+        )
         best_first = torch.cat(worth, 1).argsort(dim=1, descending=True, stable=True)
         place = torch.arange(best_first.shape[1], device=best_first.device)
         taken = place < (tokens - anchored).sum(1, keepdim=True)
         from_pool = torch.zeros_like(tokens)
-        from_pool.scatter_add_(1, layer_of.gather(1, best_first), taken.long())
+        from_pool.scatter_add_(1, layer_of[best_first], taken.long())
         return (anchored + from_pool).T
 
     def priority(self, prompt: Prompt, budget: Tensor) -> Tensor:
