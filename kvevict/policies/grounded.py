@@ -79,9 +79,11 @@ class Grounded(Policy):
 
     def budgets(self, layers: Sequence[LayerScores]) -> Tensor:
         """Give every layer its anchors and its part of the pool [num_layers, batch_size] int64."""
-        anchored = torch.stack([self._num_anchored(layer.prompt) for layer in layers], 1)
+        found = [self._find_anchors(layer.prompt) for layer in layers]
+        anchored = torch.stack([count for _, _, count in found], 1)
         tokens = torch.stack([self.keep_tokens(layer.prompt) for layer in layers], 1)
-        worth = [self._worth(layer) for layer in layers]
+        pairs = zip(layers, found, strict=True)
+        worth = [_worth(layer, ~is_anchor) for layer, (_, is_anchor, _) in pairs]
         layer_of = torch.cat(
             [torch.full(w.shape[1:], i, device=w.device) for i, w in enumerate(worth)]
         )
@@ -94,40 +96,44 @@ class Grounded(Policy):
 
     def priority(self, prompt: Prompt, budget: Tensor) -> Tensor:
         """Force the sinks and the last token that fit half of `keep`, in every layer alike."""
-        return self.force(prompt, (self.keep_tokens(prompt) + 1) // 2, num_recent=1)
+        return self.force(prompt, self._half(prompt), num_recent=1)
 
     def select(self, layer: LayerScores, budget: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Keep the best anchors, then the best of the other keys."""
-        prompt = layer.prompt
-        classes, is_anchor = self.priority(prompt, budget), self._is_anchor(prompt)
-        anchors, _ = select_ranked(
-            layer.scores, classes.where(is_anchor, NEVER), self._num_anchored(prompt), k
-        )
-        stays = in_list(anchors[:, 0], prompt.kv_len)
+        classes, is_anchor, count = self._find_anchors(layer.prompt)
+        anchors, _ = select_ranked(layer.scores, classes.where(is_anchor, NEVER), count, k)
+        stays = in_list(anchors[:, 0], layer.prompt.kv_len)
         classes = classes.where(~is_anchor, NEVER).masked_fill(stays, PREFERRED)
         return select_ranked(layer.scores, classes, budget, k)
 
-    def _is_anchor(self, prompt: Prompt) -> Tensor:
-        """Return text and forced keys [batch_size, kv_len] bool; the others are the pool."""
-        forced = self.priority(prompt, prompt.lens) == FORCED
-        return (prompt.valid & ~prompt.is_vision) | forced
+    def _half(self, prompt: Prompt) -> Tensor:
+        """Return half of `keep`, rounded up [batch_size] int64."""
+        return (self.keep_tokens(prompt) + 1) // 2
 
-    def _num_anchored(self, prompt: Prompt) -> Tensor:
-        """Return how many anchors stay in each layer [batch_size] int64."""
-        tokens, num_anchors = self.keep_tokens(prompt), self._is_anchor(prompt).sum(1)
-        num_others = prompt.lens - num_anchors
-        return torch.minimum(num_anchors, torch.maximum((tokens + 1) // 2, tokens - num_others))
+    def _find_anchors(self, prompt: Prompt) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the classes of all keys, which are text or forced, and how many of these stay.
 
-    def _worth(self, layer: LayerScores) -> Tensor:
-        """Return what the layer's vision keys are worth, best first [batch_size, kv_len] float64.
-
-        -1 beyond their number.
+        Returns:
+            [batch_size, kv_len] uint8 and bool, and [batch_size] int64.
         """
-        in_pool = layer.prompt.valid & ~self._is_anchor(layer.prompt)
-        scores = layer.scores[:, 0].where(in_pool, 0.0).nan_to_num(nan=0.0)
-        scores = scores.sort(1, descending=True).values.double()
-        total = scores.sum(1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
-        uncovered = 1 - (scores.cumsum(1) - scores) / total
-        place = torch.arange(scores.shape[1], device=scores.device)
-        beyond = place >= in_pool.sum(1, keepdim=True)
-        return (scores * uncovered.clamp(min=0).sqrt()).masked_fill(beyond, -1.0)
+        tokens = self.keep_tokens(prompt)
+        classes = self.priority(prompt, tokens)
+        is_anchor = (prompt.valid & ~prompt.is_vision) | (classes == FORCED)
+        num_anchors = is_anchor.sum(1)
+        to_fill = tokens - (prompt.lens - num_anchors)
+        return classes, is_anchor, num_anchors.minimum(self._half(prompt).maximum(to_fill))
+
+
+def _worth(layer: LayerScores, in_pool: Tensor) -> Tensor:
+    """Return what the layer's keys in the pool are worth, best first [batch_size, kv_len] float64.
+
+    -1 beyond their number.
+    """
+    in_pool = in_pool & layer.prompt.valid
+    scores = layer.scores[:, 0].where(in_pool, 0.0).nan_to_num(nan=0.0)
+    scores = scores.sort(1, descending=True).values.double()
+    total = scores.sum(1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
+    uncovered = 1 - (scores.cumsum(1) - scores) / total
+    place = torch.arange(scores.shape[1], device=scores.device)
+    beyond = place >= in_pool.sum(1, keepdim=True)
+    return (scores * uncovered.clamp(min=0).sqrt()).masked_fill(beyond, -1.0)
