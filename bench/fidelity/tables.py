@@ -130,11 +130,11 @@ def _table(title: str, rows: Sequence[Row], cell: Callable[[list[Row]], str]) ->
     budgets = sorted({row.budget for row in rows if row.budget is not None})
     columns = [*budgets, None] if any(row.budget is None for row in rows) else budgets
     heads = ["no budget" if budget is None else f"{budget:.0%}" for budget in columns]
-    lines = [f"**{title}**", "", _line(["method", *heads]), _line(["---"] * (1 + len(heads)))]
+    lines = []
     for method in _unique(row.method for row in rows):
         found = [[r for r in rows if (r.method, r.budget) == (method, b)] for b in columns]
-        lines.append(_line([method, *(cell(cells) if cells else "" for cells in found)]))
-    return "\n".join([*lines, ""])
+        lines.append([method, *(cell(cells) if cells else "" for cells in found)])
+    return _lay_out(title, ["method", *heads], lines)
 
 
 def _best(rows: Sequence[Row], checkpoints: Sequence[str]) -> str:
@@ -143,14 +143,14 @@ def _best(rows: Sequence[Row], checkpoints: Sequence[str]) -> str:
     budgets = sorted({row.budget for row in methods if row.budget is not None})
     heads = [f"{budget:.0%}" for budget in budgets]
     title = "Best method, exact match in % (and who is within one standard error of it)"
-    lines = [f"**{title}**", "", _line(["checkpoint", *heads]), _line(["---"] * (1 + len(heads)))]
+    lines = []
     for checkpoint in checkpoints:
         cells = []
         for budget in budgets:
             found = [r for r in methods if (r.checkpoint, r.budget) == (checkpoint, budget)]
             cells.append(_name_best(found) if found else "")
-        lines.append(_line([checkpoint, *cells]))
-    return "\n".join([*lines, ""])
+        lines.append([checkpoint, *cells])
+    return _lay_out(title, ["checkpoint", *heads], lines)
 
 
 def _name_best(rows: Sequence[Row]) -> str:
@@ -165,8 +165,9 @@ def _name_best(rows: Sequence[Row]) -> str:
     return f"{best.method} {100 * best.exact_match:.1f}{others}"
 
 
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+def _lay_out(title: str, heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    cells = [heads, ["---"] * len(heads), *lines]
+    return "\n".join([f"**{title}**", "", *(f"| {' | '.join(line)} |" for line in cells), ""])
 
 
 def _over_checkpoints(rows: list[Row]) -> str:

@@ -228,6 +228,15 @@ def test_results_are_joined(tmp_path: Path) -> None:
     assert "| h-1 | tova 60.0 |" in markdown
 
 
+@pytest.mark.parametrize("design", ["h", "long", "q"])
+def test_committed_tables_are_those_of_the_committed_results(design: str) -> None:
+    folder = CHECKPOINTS.with_name("results")
+    commands, rows = tables.join([folder / f"{design}.json"])
+    assert {row.checkpoint for row in rows} == {f"{design}-{seed}" for seed in range(3)}
+    assert commands
+    assert (folder / f"{design}.md").read_text() == tables.to_markdown(rows)
+
+
 def test_rows_of_other_questions_are_not_joined(tmp_path: Path) -> None:
     rows = [row_of("h-0", "tova", 0.1, 7), row_of("h-0", "snapkv", 0.1, 7, count=10)]
     tables.write_json(["a"], rows, tmp_path / "a.json")
