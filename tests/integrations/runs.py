@@ -1,4 +1,4 @@
-"""Runs of tiny models that several tests make: turns with padding, beams."""
+"""Runs of tiny models that several tests make: turns with padding, a watched step, beams."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from transformers import DynamicCache
 
 import kvevict
 from tests.integrations.tiny_models import generate
+from tests.support.reads import Reads
 
 
 @torch.no_grad()
@@ -32,6 +33,20 @@ def run_padded_turns(model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, Any
     longer = torch.cat([mask, torch.ones(3, 1).long()], 1)
     second = model(input_ids=token, attention_mask=longer, **options).logits
     return torch.cat([first[:, -4:], second], 1), options["past_key_values"]
+
+
+@torch.no_grad()
+def find_reads_of_a_step(model: Any, policy: Any, inputs: dict[str, Tensor]) -> list[str]:
+    """Run a prompt and a token under a policy, and return what the next token's step reads back."""
+    batch_size = len(inputs["input_ids"])
+    mask = torch.cat([inputs["attention_mask"], torch.ones(batch_size, 2).long()], 1)
+    token = torch.full((batch_size, 1), 20)
+    with kvevict.evict(model, policy):
+        cached = model(**inputs).past_key_values
+        model(input_ids=token, attention_mask=mask[:, :-1], past_key_values=cached)
+        with Reads() as reads:
+            model(input_ids=token, attention_mask=mask, past_key_values=cached)
+    return reads.found
 
 
 def assert_beams_stand_alone(

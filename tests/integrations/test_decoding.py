@@ -17,7 +17,7 @@ from kvevict.integrations.transformers import EvictedLayer
 from kvevict.policies import H2O, HAE, TGVKV, SnapKV, StreamingLLM, Victims
 from kvevict.slots import MIN_SLACK, Slots
 from tests.integrations.masked_reference import kept_mask, masked_reference
-from tests.integrations.runs import assert_beams_stand_alone
+from tests.integrations.runs import assert_beams_stand_alone, find_reads_of_a_step
 from tests.integrations.test_transformers import state_of
 from tests.integrations.tiny_models import (
     LONG_ROW,
@@ -39,7 +39,6 @@ from tests.policies.decoding import (
     h2o_rule,
     streaming_rule,
 )
-from tests.support.reads import Reads
 
 BATCHES = {
     "single": [ONE_IMAGE],
@@ -201,14 +200,7 @@ def test_a_step_reads_nothing_back(policy_name: str) -> None:
     """On a GPU a read would stall the queue; a padded batch, whatever its lists."""
     model = get_model("llava")
     inputs = make_inputs(model, BATCHES["left_padded"])
-    mask = torch.cat([inputs["attention_mask"], torch.ones(3, 2).long()], 1)
-    token = torch.full((3, 1), 20)
-    with kvevict.evict(model, POLICIES[policy_name]), torch.no_grad():
-        cached = model(**inputs).past_key_values
-        model(input_ids=token, attention_mask=mask[:, :-1], past_key_values=cached)
-        with Reads() as reads:
-            model(input_ids=token, attention_mask=mask, past_key_values=cached)
-    assert reads.found == []
+    assert find_reads_of_a_step(model, POLICIES[policy_name], inputs) == []
 
 
 # Memory

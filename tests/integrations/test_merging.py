@@ -14,7 +14,7 @@ import kvevict
 from kvevict.integrations.transformers.attention import attend_blocks
 from kvevict.policies import D2O, H2O, KeepKV, LookM, ZSMerge
 from kvevict.slots import Slots
-from tests.integrations.runs import assert_beams_stand_alone
+from tests.integrations.runs import assert_beams_stand_alone, find_reads_of_a_step
 from tests.integrations.test_decoding import converse
 from tests.integrations.tiny_models import (
     LONG_ROW,
@@ -25,7 +25,6 @@ from tests.integrations.tiny_models import (
     make_inputs,
     row_of,
 )
-from tests.support.reads import Reads
 
 ROWS = [ONE_IMAGE, TWO_IMAGES, LONG_ROW]
 POLICIES: dict[str, Any] = {
@@ -138,14 +137,7 @@ def test_a_step_reads_nothing_back(policy_name: str) -> None:
     """On a GPU a read would stall the queue; a padded batch, with merges in every step."""
     model = get_model("llava")
     inputs = make_inputs(model, ROWS)
-    mask = torch.cat([inputs["attention_mask"], torch.ones(3, 2).long()], 1)
-    token = torch.full((3, 1), 20)
-    with kvevict.evict(model, POLICIES[policy_name]), torch.no_grad():
-        cached = model(**inputs).past_key_values
-        model(input_ids=token, attention_mask=mask[:, :-1], past_key_values=cached)
-        with Reads() as reads:
-            model(input_ids=token, attention_mask=mask, past_key_values=cached)
-    assert reads.found == []
+    assert find_reads_of_a_step(model, POLICIES[policy_name], inputs) == []
 
 
 @pytest.mark.parametrize("policy_name", ["d2o", "keepkv", "zsmerge"])
